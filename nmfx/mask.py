@@ -64,7 +64,7 @@ def as_bits(weight: Tensor) -> Tensor:
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """Integers that sort like |weight| in the total order above; same shape, int16/32/64, a copy."""
+    """Integers that sort like |weight| in the total order; same shape, int16/32/64, a copy."""
     _, unsigned, inf = _BITS[weight.dtype]
     return (as_bits(weight) & unsigned).clamp(max=inf + 1)
 
@@ -86,9 +86,8 @@ def rank(weight: Tensor, m: int, dim: int) -> Tensor:
     order = groups.sort(dim=dim + 1, descending=True, stable=True).indices
     places = torch.arange(m, dtype=torch.int8, device=weight.device)
     places = places.view(m, *[1] * (weight.ndim - dim - 1)).expand(order.shape)
-    return torch.empty_like(order, dtype=torch.int8).scatter_(dim + 1, order, places).flatten(
-        dim, dim + 1
-    )
+    ranks = torch.empty_like(order, dtype=torch.int8).scatter_(dim + 1, order, places)
+    return ranks.flatten(dim, dim + 1)
 
 
 def nm_mask(weight: Tensor, pattern: PatternLike, dim: int = -1) -> Tensor:
@@ -126,11 +125,13 @@ def nm_project(weight: Tensor, pattern: PatternLike, dim: int = -1) -> Tensor:
 def is_nm(tensor: Tensor, pattern: PatternLike, dim: int = -1) -> bool:
     """Whether every group of M along `dim` has at most N elements that are not zero.
 
-    -0.0 counts as zero, NaN does not. Arguments and errors as in `nm_mask`.
+    -0.0 counts as zero, NaN and denormals do not. Arguments and errors as in `nm_mask`.
     """
     pattern = Pattern.parse(pattern)
     dim = check_groups(tensor, pattern, dim)
-    return bool(((tensor != 0).unflatten(dim, (-1, pattern.m)).sum(dim + 1) <= pattern.n).all())
+    # By bits: with the flush-denormal flag set, `tensor != 0` calls a denormal zero.
+    nonzero = (magnitude(tensor.detach()) != 0).unflatten(dim, (-1, pattern.m))
+    return bool((nonzero.sum(dim + 1) <= pattern.n).all())
 
 
 def paper_mask(weight: Tensor, pattern: PatternLike, layout: str = "channels_last") -> Tensor:

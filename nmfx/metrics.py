@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import NMError
+from .mask import magnitude
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sad:
     @property
     def per_weight(self) -> float:
         """`total / weights`; between consecutive steps, "flips per weight per step"."""
-        return self.total / self.weights
+        return self.total / self.weights if self.weights else 0.0
 
 
 def mask_sad(before: Tensor, after: Tensor) -> int:
@@ -75,8 +76,13 @@ def sad(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Sad:
 
 
 def density(tensor: Tensor) -> float:
-    """The share of elements that are not zero (-0.0 is zero, NaN is not); 1.0 if empty."""
-    return int((tensor != 0).sum()) / tensor.numel() if tensor.numel() else 1.0
+    """The share of elements that are not zero (-0.0 is, NaN and denormals are not); 1.0 if empty.
+
+    `tensor` is float16/32/64 or bfloat16, like the weights that have a mask.
+    """
+    # By bits: with the flush-denormal flag set, `tensor != 0` calls a denormal zero.
+    nonzero = int((magnitude(tensor.detach()) != 0).sum())
+    return nonzero / tensor.numel() if tensor.numel() else 1.0
 
 
 def kept_energy(weight: Tensor, mask: Tensor) -> float:

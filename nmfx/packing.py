@@ -25,16 +25,18 @@ import torch
 from torch import Tensor
 
 from .errors import NMError
-from .mask import as_bits, check_groups, is_nm, nm_mask
-from .pattern import Pattern, PatternLike
+from .mask import DTYPES, as_bits, check_groups, is_nm, nm_mask
+from .pattern import MAX_M, Pattern, PatternLike
 
 
 def index_bits(m: int) -> int:
-    """Width in bits of one index field for groups of `m`: the least of 1, 2, 4, 8 that holds m-1."""
+    """Width in bits of one index field for groups of `m`: the least of 1, 2, 4, 8 for m - 1."""
     return next(bits for bits in (1, 2, 4, 8) if m <= 1 << bits)
 
 
-def packed_shapes(rows: int, cols: int, pattern: Pattern) -> tuple[tuple[int, int], tuple[int, int]]:
+def packed_shapes(
+    rows: int, cols: int, pattern: Pattern
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `values` and `index` for a weight of shape (rows, cols)."""
     kept = cols // pattern.m * pattern.n
     return (rows, kept), (rows, -(-kept * index_bits(pattern.m) // 8))
@@ -105,22 +107,47 @@ def unpack(values: Tensor, index: Tensor, cols: int, pattern: PatternLike) -> Te
     return dense.scatter(2, fields.long(), bits.view(groups)).view(rows, cols).view(values.dtype)
 
 
+def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
+    """The pattern that packs a weight into the fewest bytes, found in the weight itself.
+
+    Args:
+        weight: a 2-D weight, pruned by anyone.
+        dim: the grouped dimension.
+
+    Returns:
+        The pattern, or None if no N:M with M <= 64 holds that makes the weight smaller.
+    """
+    nonzero = weight.detach() != 0
+    size, itemsize = weight.shape[dim], weight.dtype.itemsize
+    best, best_bytes = None, weight.numel() * itemsize
+    # A pattern that saves anything keeps fewer than all: a dense weight is out after one pass.
+    if not weight.numel() or int(nonzero.sum()) == weight.numel():
+        return None
+    for m in range(2, min(size, MAX_M) + 1):
+        if size % m == 0:
+            n = max(1, int(nonzero.unflatten(dim, (-1, m)).sum(dim + 1).max()))
+            size_in_bytes = packed_bytes(weight.numel() // size, size, Pattern(n, m), itemsize)
+            if size_in_bytes < best_bytes:
+                best, best_bytes = Pattern(n, m), size_in_bytes
+    return best
+
+
 def check_packed(values: Tensor, index: Tensor, cols: int, pattern: PatternLike) -> None:
     """Checks tensors that claim to be a packed weight, so that no kernel reads out of bounds.
 
     Raises:
         NMError: shapes or dtypes that do not fit `cols` and `pattern`, an index outside its
-            group, or indices of a group that do not increase.
+            group, indices of a group that do not increase, or bits set after the last field.
     """
     pattern = Pattern.parse(pattern)
     if cols % pattern.m:
         raise NMError(f"cols={cols} is not a multiple of {pattern.m}, as {pattern} needs")
     if values.ndim != 2 or index.ndim != 2:
         raise NMError(f"packed tensors are 2-D, got {tuple(values.shape)}, {tuple(index.shape)}")
-    if not values.is_floating_point() or index.dtype != torch.uint8:
+    if values.dtype not in DTYPES or index.dtype != torch.uint8:
         raise NMError(
-            f"packed values are floating point and the index is uint8, got {values.dtype} and "
-            f"{index.dtype}"
+            f"packed values are float16, bfloat16, float32 or float64 and the index is uint8, "
+            f"got {values.dtype} and {index.dtype}"
         )
     expected = packed_shapes(values.shape[0], cols, pattern)
     if (tuple(values.shape), tuple(index.shape)) != expected:
@@ -128,8 +155,11 @@ def check_packed(values: Tensor, index: Tensor, cols: int, pattern: PatternLike)
             f"a packed weight with {values.shape[0]} rows, {cols} columns and {pattern} has shapes "
             f"{expected[0]} and {expected[1]}, got {tuple(values.shape)} and {tuple(index.shape)}"
         )
-    fields = _unpack_fields(index, values.shape[1], index_bits(pattern.m))
-    fields = fields.view(values.shape[0], -1, pattern.n)
+    bits = index_bits(pattern.m)
+    flat = _unpack_fields(index, values.shape[1], bits)
+    if not torch.equal(_pack_fields(flat, bits), index):
+        raise NMError("the bits after the last field of a packed index row are not 0")
+    fields = flat.unflatten(1, (-1, pattern.n))
     if (fields >= pattern.m).any():
         raise NMError(f"a packed index is {int(fields.max())}, outside its group of {pattern.m}")
     if (fields[..., 1:] <= fields[..., :-1]).any():
@@ -139,8 +169,8 @@ def check_packed(values: Tensor, index: Tensor, cols: int, pattern: PatternLike)
 def _pack_fields(fields: Tensor, bits: int) -> Tensor:
     """(rows, k) uint8 fields -> (rows, ceil(k * bits / 8)) uint8, little end first."""
     per_byte = 8 // bits
-    rows, count = fields.shape
-    fields = torch.nn.functional.pad(fields, (0, -count % per_byte)).view(rows, -1, per_byte)
+    padding = -fields.shape[1] % per_byte
+    fields = torch.nn.functional.pad(fields, (0, padding)).unflatten(1, (-1, per_byte))
     packed = fields[..., 0].clone()
     for slot in range(1, per_byte):
         packed |= fields[..., slot] << (slot * bits)

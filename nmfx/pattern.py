@@ -12,7 +12,7 @@ from .errors import NMError
 # has to fit one byte with room to spare: 64 covers every pattern in the literature (1:2 .. 1:32).
 MAX_M = 64
 
-# ASCII digits only: int() would also take "２", "2_0", " 2 ", "+2" and "2\n".
+# ASCII digits only: int() would also take "\uff12" (full width), "2_0", " 2 ", "+2" and "2\n".
 _TEXT = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)", re.ASCII)
 
 PatternLike = Union[str, tuple[int, int], "Pattern"]

@@ -1,0 +1,121 @@
+"""The SR-STE decay once per optimizer step, instead of once per use inside backward.
+
+Inside backward (the paper's form) the decay is multiplied by accumulation steps, by weight reuse
+and by DDP ranks, divided by a loss scale and shrunk by gradient clipping. `attach` moves it to the
+last moment before the update, where none of these reach it:
+
+    backward ... backward -> unscale -> clip -> [ grad += lambda * (1 - mask) * weight ] -> update
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture.site import SITES, SiteRef, sites_of
+from .errors import NMError
+from .schedule import site_mask
+
+
+class Attachment:
+    """The decay of some layers, applied by one optimizer; made by `nmfx.attach`."""
+
+    def __init__(self, refs: list[SiteRef], optimizer: torch.optim.Optimizer) -> None:
+        self._refs = refs
+        self._optimizer = weakref.ref(optimizer)
+        for ref in refs:
+            ref.site.attached = self
+            ref.refresh_control()
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the weights whose decay this optimizer applies."""
+        return [ref.name for ref in self._live()]
+
+    def remove(self) -> None:
+        """Moves the decay back inside backward. Calling it again does nothing."""
+        self._hook.remove()
+        for ref in self._live():
+            ref.site.attached = None
+            ref.refresh_control()
+        self._refs = []
+
+    def _live(self) -> list[SiteRef]:
+        # Unsparsified, lowered, or attached to a later optimizer: no longer ours.
+        return [
+            ref
+            for ref in self._refs
+            if ref.site.attached is self
+            and any(ref.site is site for site in ref.store.__dict__.get(SITES, ()))
+        ]
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None:
+            self._add_decay(optimizer)
+            return None
+        # The closure zeroes and refills the gradients after this hook, perhaps several times.
+        wrapped = self._with_decay(closure, optimizer)
+        return ((wrapped, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": wrapped})
+
+    def _with_decay(self, closure: Callable, optimizer: torch.optim.Optimizer) -> Callable:
+        def wrapped() -> Any:
+            loss = closure()
+            self._add_decay(optimizer)
+            return loss
+
+        return wrapped
+
+    @torch.no_grad()
+    def _add_decay(self, optimizer: torch.optim.Optimizer) -> None:
+        # Fused optimizers divide by the loss scale themselves; GradScaler lends it for the step.
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        for ref in self._live():
+            weight, lambda_w = ref.parameter, ref.site.lambda_w
+            if weight.grad is None or ref.site.state != "sparse" or lambda_w == 0.0:
+                continue
+            pruned = weight.masked_fill(site_mask(ref), 0.0)
+            if scale is not None:
+                pruned = pruned * scale.to(pruned.device, pruned.dtype)
+            weight.grad.add_(pruned, alpha=lambda_w)
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
+    """Applies the SR-STE decay once per step of `optimizer`, instead of inside every backward.
+
+    The gradient that reaches the update holds `lambda_w * (1 - mask) * weight` exactly once, under
+    gradient accumulation, clipping, `torch.amp.GradScaler` and a step with a closure. Momentum,
+    weight decay and learning rate act on it as on the rest of the gradient. Weights that the
+    optimizer does not own keep their decay inside backward. Copies of the model (deepcopy, pickle)
+    are not attached.
+
+    Attaching again, to this or another optimizer, replaces the earlier attachment.
+
+    Args:
+        model: a sparsified model.
+        optimizer: any `torch.optim.Optimizer` that owns some of its sparsified weights.
+
+    Returns:
+        A handle; `handle.remove()` moves the decay back inside backward.
+
+    Raises:
+        NMError: no sparsified layer, no optimizer, or one that owns none of the weights.
+    """
+    refs = sites_of(model, "attach")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise NMError(f"nmfx.attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    refs = [ref for ref in refs if id(ref.parameter) in owned]
+    if not refs:
+        raise NMError(
+            f"{type(optimizer).__name__} owns none of the sparsified weights; attach the optimizer "
+            f"that was built from model.parameters()"
+        )
+    return Attachment(refs, optimizer)

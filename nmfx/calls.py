@@ -1,0 +1,97 @@
+"""Example inputs: how they are written, run, and how two outputs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import NMError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Relative, norm-wise, over a whole output: a lowered model multiplies the same weights in another
+# order, layer after layer.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def parse_calls(example_inputs: Any) -> list[Call]:
+    """Reads example inputs: a tuple is one call's arguments, a dict one call's keywords, a list
+    several calls, None no call.
+
+    Raises:
+        NMError: anything else, with what to write.
+    """
+    if example_inputs is None:
+        return []
+    if isinstance(example_inputs, list):
+        if not example_inputs:
+            raise NMError("example_inputs=[] holds no call; leave it out or give a tuple")
+        return [call for one in example_inputs for call in _parse_call(one)]
+    return _parse_call(example_inputs)
+
+
+def _parse_call(call: Any) -> list[Call]:
+    if isinstance(call, tuple):
+        return [(call, {})]
+    if isinstance(call, Mapping):  # Hugging Face's BatchEncoding is one too
+        return [((), dict(call))]
+    raise NMError(
+        f"example_inputs holds a {type(call).__name__}; write a tuple of arguments, (x,), a dict of "
+        f"keywords, or a list of these for several calls"
+    )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Runs the block in eval mode without gradients, if there are calls; modes are restored."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        if calls:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def compare_outputs(expected: Any, actual: Any, number: int) -> None:
+    """Compares all tensors of two outputs.
+
+    Raises:
+        NMError: their structure, shapes or values differ; `number` is the call's, from 0.
+    """
+    pairs = [_tensors(expected), _tensors(actual)]
+    if [t.shape for t in pairs[0]] != [t.shape for t in pairs[1]]:
+        raise NMError(f"call {number}: the lowered model's outputs have other shapes")
+    for left, right in zip(*pairs, strict=True):
+        if not left.is_floating_point():
+            continue
+        error, tolerance = relative_error(left, right), _TOLERANCE.get(left.dtype, 5e-2)
+        if not error <= tolerance:
+            raise NMError(
+                f"call {number}: the lowered model's output differs from the folded model's by "
+                f"{error:.1e} (relative norm), more than {tolerance:.0e}"
+            )
+
+
+def relative_error(expected: Tensor, actual: Tensor) -> float:
+    """||actual - expected|| / ||expected|| in float64, equal NaN and Inf left out; Inf if they differ."""
+    expected, actual = expected.detach().double(), actual.detach().double()
+    finite = expected.isfinite()
+    odd = torch.where(finite, 0.0, expected).nan_to_num(nan=7.0)
+    if not torch.equal(odd, torch.where(actual.isfinite(), 0.0, actual).nan_to_num(nan=7.0)):
+        return float("inf")
+    expected, actual = expected[finite], actual[finite]
+    norm = float(expected.norm())
+    difference = float((actual - expected).norm())
+    return difference / norm if norm else difference
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

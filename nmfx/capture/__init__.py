@@ -1,0 +1,1 @@
+"""Modules to graphs and back: where sparsified weights live inside other people's models."""

@@ -1,0 +1,235 @@
+"""Every linear and conv weight of a model, and what stands in the way of sparsifying it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..graph.rewrite import Use
+from ..graph.table import groups_argument
+from ..mask import DTYPES
+from .generate import base_class, is_generated
+from .graph_module import find_graph_uses, other_readers
+from .leaf import WEIGHT, trace_leaf
+from .scoped import attention_paths
+from .site import SITES, Holder, Site, get_path, holder_of, join
+from .tracer import Untraceable
+
+
+@dataclass
+class Candidate:
+    """One linear or conv weight.
+
+    Attributes:
+        name: fully qualified name of the parameter.
+        module_name: name of the module that owns it: what rules match.
+        host, path: the module whose forward consumes it, and the parameter relative to it.
+        kind: "linear", "addmm", "conv", "conv_transpose", or the class name of what nmfx leaves alone.
+        shape: of the weight; () if there is none.
+        dim: the dimension the consumer sums over.
+        reduced: how many elements along `dim` one output sums over.
+        capture: "leaf", "scoped" or "graph".
+        obstacle: why it cannot be sparsified with any pattern, or None.
+        site: its site, if it is sparsified or packed already.
+    """
+
+    name: str
+    module_name: str
+    host: nn.Module
+    path: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    dim: int = 1
+    reduced: int = 0
+    capture: str = "leaf"
+    obstacle: str | None = None
+    site: Site | None = None
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NOT_YET = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+
+def find_candidates(model: nn.Module) -> list[Candidate]:
+    """All candidates of a model, in the order of `named_modules`. Changes nothing."""
+    tied = _tied_names(model)
+    covered: set[nn.Module] = set()  # children whose weights their parent reads
+    found: list[Candidate] = []
+    for fqn, module in model.named_modules():
+        if module in covered or isinstance(module, Holder):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            covered.add(module.out_proj)
+        new = _of_module(fqn, module)
+        if isinstance(module, fx.GraphModule):
+            new += _of_graph(fqn, module)
+        for candidate in new:
+            others = tied.get(candidate.name, [])
+            if others and candidate.obstacle is None:
+                candidate.obstacle = f"its weight is tied to {', '.join(others)}"
+        found += new
+    return found
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name -> the other names of the same parameter, for parameters in several modules."""
+    names: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for fqn, module in model.named_modules():
+        for path, parameter in module._parameters.items():
+            if parameter is not None:
+                names[id(parameter)].append((module, join(fqn, path)))
+    return {
+        name: [other for _, other in owners if other != name]
+        for owners in names.values()
+        if len(owners) > 1
+        for _, name in owners
+    }
+
+
+def _of_module(fqn: str, module: nn.Module) -> list[Candidate]:
+    if isinstance(module, nn.MultiheadAttention):
+        return [_scoped(fqn, module, path) for path in attention_paths(module)]
+    kind = _kind(module)
+    if kind is not None:
+        return [_leaf(fqn, module, kind)]
+    name = type(module).__name__
+    if isinstance(module, _NOT_YET):
+        reason = f"nmfx does not rewrite nn.{name} yet"
+        return [
+            Candidate(join(fqn, path), fqn, module, path, name, tuple(p.shape), obstacle=reason)
+            for path, p in module.named_parameters(recurse=False)
+            if p.ndim > 1
+        ]
+    if type(module).__module__.startswith("torch.ao.nn") and ("Linear" in name or "Conv" in name):
+        reason = f"{type(module).__module__}.{name} holds a quantized weight"
+        return [Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, name, obstacle=reason)]
+    return []
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, _CONVS):
+        return "conv"
+    if isinstance(module, _TRANSPOSED):
+        return "conv_transpose"
+    # Hugging Face's Conv1D, by name: importing transformers takes seconds.
+    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
+        return "addmm"
+    return None
+
+
+def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
+    candidate = Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, kind)
+    if _take_site(candidate, module):
+        return candidate
+    candidate.obstacle = _class_obstacle(module) or _weight_obstacle(module, WEIGHT)
+    if candidate.obstacle is None:
+        weight = getattr(module, WEIGHT)
+        groups = int(getattr(module, "groups", 1))
+        _measure(candidate, weight, 0 if kind in ("addmm", "conv_transpose") else 1, groups)
+    if candidate.obstacle is None:
+        try:
+            trace_leaf(module)
+        except Untraceable:
+            candidate.capture = "scoped"
+    return candidate
+
+
+def _scoped(fqn: str, module: nn.Module, path: str) -> Candidate:
+    owner, _, name = path.rpartition(".")
+    candidate = Candidate(join(fqn, path), join(fqn, owner), module, path, "linear", capture="scoped")
+    if _take_site(candidate, module):
+        return candidate
+    owner_module = get_path(module, owner) if owner else module
+    candidate.obstacle = _class_obstacle(module) or _weight_obstacle(owner_module, name)
+    if candidate.obstacle is None:
+        _measure(candidate, get_path(module, path), 1, 1)
+    return candidate
+
+
+def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
+    found = []
+    for path, uses in find_graph_uses(gm).items():
+        owner, _, _ = path.rpartition(".")
+        kind = uses[0].consumer.family
+        candidate = Candidate(join(fqn, path), join(fqn, owner), gm, path, kind, capture="graph")
+        found.append(candidate)
+        weight = gm.get_parameter(path)
+        candidate.obstacle = _tensor_obstacle(weight) or _graph_obstacle(gm, path, uses)
+        if candidate.obstacle is None:
+            groups = max(groups_argument(use.node) for use in uses) if kind == "conv_transpose" else 1
+            _measure(candidate, weight, uses[0].consumer.dim, groups)
+    # What is sparsified, frozen or packed already reaches its consumer through another node.
+    holder = holder_of(gm)
+    for site in holder.__dict__[SITES] if holder is not None else ():
+        owner, _, _ = site.path.rpartition(".")
+        candidate = Candidate(join(fqn, site.path), join(fqn, owner), gm, site.path, site.kind)
+        _take_site(candidate, holder)
+        found.append(candidate)
+    return found
+
+
+def _graph_obstacle(gm: fx.GraphModule, path: str, uses: list[Use]) -> str | None:
+    if len({use.consumer.dim for use in uses}) > 1:
+        return "the graph sums over two dimensions of its weight"
+    readers = other_readers(gm, path, uses)
+    return f"the graph also reads its weight in {', '.join(sorted(readers))}" if readers else None
+
+
+def _take_site(candidate: Candidate, store: nn.Module) -> bool:
+    """Fills a candidate from its existing site; False if it has none."""
+    for site in store.__dict__.get(SITES, ()):
+        if site.path == candidate.path:
+            candidate.site, candidate.shape, candidate.dim = site, site.shape, site.dim
+            candidate.reduced = site.reduced
+            candidate.kind, candidate.capture = site.kind, site.capture
+            return True
+    return False
+
+
+def _measure(candidate: Candidate, weight: Tensor, dim: int, groups: int) -> None:
+    candidate.shape, candidate.dim = tuple(weight.shape), dim
+    candidate.reduced = weight.shape[dim]
+    if candidate.kind == "conv_transpose":
+        candidate.reduced //= groups
+    if candidate.kind.startswith("conv") and candidate.reduced == 1:
+        candidate.obstacle = "depthwise: each filter reads a single channel"
+
+
+def _class_obstacle(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, which a rewritten class would not run"
+    if SITES in module.__dict__ and not is_generated(type(module)):
+        return f"its class became {type(module).__name__} after it was sparsified"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a ScriptModule; sparsify before torch.jit.script"
+    if base_class(module).forward is nn.Module.forward:
+        return f"{type(module).__name__} has no forward"
+    return None
+
+
+def _weight_obstacle(owner: nn.Module, name: str) -> str | None:
+    weight = owner._parameters.get(name)
+    if weight is None:
+        if name in getattr(owner, "parametrizations", {}):
+            return "its weight is parametrized (torch.nn.utils.parametrize)"
+        return "its weight is not a parameter but computed (weight_norm, prune, adapters)"
+    return _tensor_obstacle(weight)
+
+
+def _tensor_obstacle(weight: Tensor) -> str | None:
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is lazy: run one forward to give it a shape"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, which has no N:M order here (integer or quantized)"
+    # DTensor (FSDP2, tensor parallel) is a wrapper too, but one that nmfx works through.
+    wrapped = is_traceable_wrapper_subclass(weight) or is_traceable_wrapper_subclass(weight.data)
+    if wrapped and not type(weight.data).__module__.startswith("torch.distributed"):
+        return f"its weight is a {type(weight.data).__name__} (quantized or otherwise wrapped)"
+    return None

@@ -1,0 +1,67 @@
+"""Graph capture: weights that an fx.GraphModule uses without a module of their own.
+
+    gm.graph   get_attr fc.weight -> aten.linear        the pass runs on the graph as given
+    gm._nmfx   Holder                                   keeps the sites and their control tensors
+
+Linear and conv modules that the graph *calls* are captured as leaves, like in any other model.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import fx
+
+from ..graph.rewrite import (
+    Use,
+    find_uses,
+    insert_keep,
+    insert_sr_ste,
+    remove_inserted,
+    replace_with_linear_nm,
+)
+from .site import HOLDER, SITES, control_name, holder_of, mask_name, packed_names
+
+
+def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
+    """Parameter path -> its uses in the graph, for parameters that table operators read."""
+    parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    uses = find_uses(gm.graph, lambda node: node.op == "get_attr" and node.target in parameters)
+    by_path: dict[str, list[Use]] = {}
+    for use in uses:
+        by_path.setdefault(str(use.weight.target), []).append(use)
+    return by_path
+
+
+def other_readers(gm: fx.GraphModule, path: str, uses: list[Use]) -> set[str]:
+    """Names of the operators, beside `uses`, that read a parameter in the graph."""
+    consumers = {use.node for use in uses}
+    readers = itertools.chain.from_iterable(
+        node.users for node in gm.graph.nodes if node.op == "get_attr" and node.target == path
+    )
+    return {getattr(node.target, "__name__", str(node.target)) for node in readers if node not in consumers}
+
+
+def rewrite_graph(gm: fx.GraphModule) -> None:
+    """Brings the graph in line with the sites in its holder: masked, fixed or packed weights."""
+    remove_inserted(gm.graph)
+    holder = holder_of(gm)
+    sites = holder.__dict__[SITES] if holder is not None else []
+    by_path = find_graph_uses(gm)
+    for i, site in enumerate(sites):
+        uses = by_path.get(site.path, [])
+        if not uses:  # packed already
+            continue
+        if site.state == "packed":
+            values, index = packed_names(site.path)
+            replace_with_linear_nm(
+                gm.graph, uses, values, index, site.shape[site.dim], site.pattern
+            )
+        elif site.state == "frozen":
+            insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
+        else:
+            insert_sr_ste(
+                gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim
+            )
+    gm.recompile()
+

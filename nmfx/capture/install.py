@@ -1,0 +1,67 @@
+"""Brings a host in line with its sites: the one place where classes and graphs are changed."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .generate import base_class, is_generated, rebuild_with
+from .graph_module import rewrite_graph
+from .leaf import leaf_class
+from .scoped import guard_class, scoped_class
+from .site import HOLDER, SITES, Holder, Site, add_sites, drop_sites, holder_of
+
+
+def class_for(module: nn.Module, sites: list[Site] | None = None) -> type[nn.Module]:
+    """The class that runs `module` as its sites (or the given ones) say; changes nothing."""
+    if sites is None:
+        sites = module.__dict__[SITES]
+    if not sites:
+        guard = guard_class(module)
+        assert guard is not None, type(module)
+        return guard
+    if sites[0].capture == "leaf":
+        return leaf_class(module, sites[0])
+    return scoped_class(module, sites)
+
+
+rebuild_with(class_for)
+
+
+def refresh(host: nn.Module, store: nn.Module) -> None:
+    """Runs a host as its changed sites say (another M, frozen, packed)."""
+    if isinstance(store, Holder):
+        assert isinstance(host, fx.GraphModule)
+        rewrite_graph(host)
+    else:
+        host.__class__ = class_for(host)
+
+
+def install_guards(model: nn.Module, hosts: set[nn.Module]) -> None:
+    """Makes the parents of `hosts` that read weights around their children call them instead."""
+    for module in model.modules():
+        if SITES not in module.__dict__ and not hosts.isdisjoint(module.modules()):
+            guard = guard_class(module)
+            if guard is not None:
+                add_sites(module, [], [])
+                module.__class__ = guard
+
+
+def remove(module: nn.Module) -> None:
+    """Restores a module's class and graph and forgets its sites, unless they are packed.
+
+    Parameters are not touched.
+    """
+    holder = holder_of(module)
+    if holder is not None:
+        assert isinstance(module, fx.GraphModule)
+        packed = [site for site in holder.__dict__[SITES] if site.state == "packed"]
+        drop_sites(holder)
+        holder.__dict__[SITES] = packed
+        rewrite_graph(module)
+        if not packed:
+            del module._modules[HOLDER]
+    if is_generated(type(module)):
+        if any(site.state == "packed" for site in module.__dict__[SITES]):
+            return
+        module.__class__ = base_class(module)
+        drop_sites(module)

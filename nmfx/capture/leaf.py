@@ -1,0 +1,73 @@
+"""Leaf capture: one linear or conv module, traced, rewritten, and run from the generated code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..graph.rewrite import (
+    Use,
+    find_uses,
+    insert_keep,
+    insert_sr_ste,
+    replace_with_linear_nm,
+)
+from ..packing import unpack
+from .generate import base_class, compile_forward, generated_class
+from .site import SITES, Site, control_name, mask_name, packed_names
+from .tracer import Untraceable, trace_late_bound
+
+WEIGHT = "weight"
+
+
+def trace_leaf(module: nn.Module) -> tuple[fx.Graph, list[Use], dict[str, str]]:
+    """The graph of a module's own forward and the uses of its `weight` in it.
+
+    Raises:
+        Untraceable: the forward does not trace, no table operator reads the weight, or something
+            else reads it too.
+    """
+    base = base_class(module)
+    graph, baked = trace_late_bound(module, base)
+    uses = find_uses(graph, lambda node: node.op == "get_attr" and node.target == WEIGHT)
+    if not uses:
+        raise Untraceable(f"{base.__name__}.forward does not pass its weight to a linear or conv")
+    readers = {user for use in uses for user in use.weight.users}
+    if readers != {use.node for use in uses}:
+        raise Untraceable(f"{base.__name__}.forward also reads its weight elsewhere")
+    if len({use.consumer.dim for use in uses}) > 1:
+        raise Untraceable(f"{base.__name__}.forward uses its weight along two dimensions")
+    return graph, uses, baked
+
+
+def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
+    """The generated class that runs `module` with its weight masked, fixed or packed as `site` says.
+
+    Raises:
+        Untraceable: see `trace_leaf`.
+    """
+    graph, uses, baked = trace_leaf(module)
+    members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
+    if site.state == "packed":
+        replace_with_linear_nm(graph, uses, *packed_names(WEIGHT), site.shape[site.dim], site.pattern)
+        members["weight"] = property(_unpacked_weight)
+    elif site.state == "frozen":
+        insert_keep(graph, uses, mask_name(0))
+    else:
+        insert_sr_ste(graph, uses, control_name(0), site.pattern.m, site.dim)
+    graph.lint()
+    code = graph.python_code("self")
+    return generated_class(
+        base_class(module),
+        ("leaf", site.state, code.src),
+        lambda: compile_forward(code.src, code.globals),
+        **members,
+    )
+
+
+def _unpacked_weight(self: Any) -> Tensor:
+    """The dense weight of a packed layer, for code that reads it; made anew on every access."""
+    site = self.__dict__[SITES][0]
+    dense = unpack(self.weight_values, self.weight_index, site.shape[site.dim], site.pattern)
+    return dense if site.dim == 1 else dense.t()

@@ -1,0 +1,228 @@
+"""A site: one sparsified weight, its schedule, and where both are kept.
+
+A *host* is the module whose forward was rewritten. Everything nmfx adds to it are plain attributes
+in its `__dict__`, named `_nmfx_*`: no parameter, no buffer, so that state_dict, DDP, EMA copies and
+optimizers see the model they knew.
+
+    host.__dict__
+        _nmfx_sites        [Site, ...]                   the schedule, as Python values
+        _nmfx_control0     float64 [lambda_W, N]         the same for the compiled graph
+        _nmfx_mask0        bool, only while frozen
+        _nmfx_skipped      {module name below the host: reason}, for the report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NMError
+from ..ops.sr_ste import make_control
+from ..pattern import Pattern
+
+
+@dataclass
+class Site:
+    """One sparsified weight of a host.
+
+    Attributes:
+        path: the parameter, relative to the host: "weight", "out_proj.weight".
+        shape: the shape of the dense weight.
+        dim: its group dimension.
+        reduced: elements along `dim` that one output sums over (less than all with groups).
+        pattern: the pattern in force.
+        lambda_w: the strength of the SR-STE decay, wherever it is applied.
+        kind: "linear", "addmm", "conv" or "conv_transpose", how the weight is consumed.
+        capture: "leaf", "scoped" or "graph", how the consumer was rewritten.
+        state: "sparse", "frozen" (fixed mask) or "packed" (lowered).
+        attached: the token of the optimizer hook that applies the decay, or None (in backward).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dim: int
+    reduced: int
+    pattern: Pattern
+    lambda_w: float
+    kind: str
+    capture: str
+    state: str = "sparse"
+    attached: object | None = None
+
+    @property
+    def lambda_in_backward(self) -> float:
+        """The lambda that the op itself applies: none when an optimizer hook does."""
+        return 0.0 if self.attached is not None else self.lambda_w
+
+
+SITES = "_nmfx_sites"
+SKIPPED = "_nmfx_skipped"
+
+
+def control_name(i: int) -> str:
+    """Attribute that holds the control tensor of a host's i-th site."""
+    return f"_nmfx_control{i}"
+
+
+def mask_name(i: int) -> str:
+    """Attribute that holds the fixed mask of a host's i-th site while it is frozen."""
+    return f"_nmfx_mask{i}"
+
+
+@dataclass(frozen=True)
+class SiteRef:
+    """A site found in a model.
+
+    Attributes:
+        name: the parameter's fully qualified name in the model.
+        host: the module that `site.path` starts from.
+        store: the module whose `__dict__` holds the state (the host, or its holder in a graph).
+        index: the number of the site in its store.
+        site: the live `Site`.
+    """
+
+    name: str
+    host: nn.Module
+    store: nn.Module
+    index: int
+    site: Site
+
+    @property
+    def module_name(self) -> str:
+        """The name of the module that owns the parameter: what rules match."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The raw, dense weight."""
+        return get_path(self.host, self.site.path)
+
+    def refresh_control(self) -> None:
+        """Rebuilds the control tensor from the Python values.
+
+        A new tensor replaces the old one, so a backward that is still to come sees the values its
+        forward ran with, and autograd's version check is never tripped.
+        """
+        old = self.store.__dict__[control_name(self.index)]
+        site = self.site
+        new = make_control(site.lambda_in_backward, site.pattern.n, old.device)
+        self.store.__dict__[control_name(self.index)] = new
+
+
+def add_sites(store: nn.Module, sites: list[Site], devices: list[torch.device]) -> None:
+    """Writes sites and their control tensors into `store`; meta weights get controls on the CPU."""
+    store.__dict__[SITES] = sites
+    for i, (site, device) in enumerate(zip(sites, devices, strict=True)):
+        device = torch.device("cpu") if device.type == "meta" else device
+        control = make_control(site.lambda_in_backward, site.pattern.n, device)
+        store.__dict__[control_name(i)] = control
+
+
+def drop_sites(store: nn.Module) -> None:
+    """Removes everything nmfx wrote into a module, except the reasons of skipped layers."""
+    for key in [key for key in store.__dict__ if key.startswith("_nmfx_") and key != SKIPPED]:
+        del store.__dict__[key]
+
+
+def packed_names(path: str) -> tuple[str, str]:
+    """The buffers that replace a parameter when it is packed: (values, index)."""
+    return f"{path}_values", f"{path}_index"
+
+
+def get_path(module: nn.Module, path: str) -> Any:
+    """`module.a.b` for path "a.b"."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def join(*names: str) -> str:
+    """Joins the parts of a fully qualified name; empty parts vanish."""
+    return ".".join(name for name in names if name)
+
+
+class NMModule:
+    """What every module whose sites are stored in it adds to its class (a mixin, before the base)."""
+
+    nmfx_base: type[nn.Module]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        move_state(self, fn)  # type: ignore[arg-type]
+        return result
+
+
+HOLDER = "_nmfx"  # the child of a GraphModule that is its Holder
+
+
+class Holder(NMModule, nn.Module):
+    """Stores the sites of a GraphModule; it has no parameters, buffers or forward of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copied_state(self.__dict__)
+
+
+def holder_of(module: nn.Module) -> Holder | None:
+    """The holder of a module, or None."""
+    holder = module._modules.get(HOLDER)
+    return holder if isinstance(holder, Holder) else None
+
+
+def move_state(store: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Follows `module.to(device)`, for any function that `nn.Module._apply` may be given.
+
+    Control tensors and masks follow to the device that `fn` sends an empty probe to, and are never
+    passed through `fn` themselves: `bfloat16()` would round them, `to_empty()` would erase them,
+    and what sits on the meta device cannot come back.
+    """
+    for key, value in store.__dict__.items():
+        if key.startswith("_nmfx_") and isinstance(value, Tensor):
+            device = fn(torch.empty(0, dtype=torch.uint8, device=value.device)).device
+            if device.type != "meta" and device != value.device:
+                store.__dict__[key] = value.to(device)
+
+
+def copied_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A host's `__dict__` for a copy: an optimizer hook does not follow, so lambda returns inside."""
+    state = dict(state)
+    sites = [replace(site, attached=None) for site in state.get(SITES, ())]
+    for i, (old, new) in enumerate(zip(state.get(SITES, ()), sites, strict=True)):
+        if old.attached is not None:
+            device = state[control_name(i)].device
+            state[control_name(i)] = make_control(new.lambda_w, new.pattern.n, device)
+    if sites:
+        state[SITES] = sites
+    return state
+
+
+def iter_sites(model: nn.Module) -> Iterator[SiteRef]:
+    """All sites of a model, in the order of `named_modules`; each module once."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, Holder):  # its sites belong to the GraphModule above it
+            continue
+        for store in (module, holder_of(module)):
+            if not isinstance(store, NMModule):
+                continue
+            for i, site in enumerate(store.__dict__.get(SITES, ())):
+                yield SiteRef(join(fqn, site.path), module, store, i, site)
+
+
+def sites_of(model: nn.Module, verb: str) -> list[SiteRef]:
+    """All sites of a model that still have a dense weight.
+
+    Raises:
+        NMError: there are none; `verb` names the call for the message.
+    """
+    if not isinstance(model, nn.Module):
+        raise NMError(f"nmfx.{verb} takes an nn.Module, got {type(model).__name__}")
+    refs = [ref for ref in iter_sites(model) if ref.site.state != "packed"]
+    if not refs:
+        raise NMError(
+            f"nmfx.{verb}: {type(model).__name__} has no sparsified layer; "
+            f"call nmfx.sparsify(model, '2:4') first"
+        )
+    return refs

@@ -1,0 +1,128 @@
+"""The one rewriting pass, in its three forms.
+
+    sr_ste      weight ----------------> linear      becomes
+                weight -> nmfx_sr_ste -> linear      one node per weight, however often it is used
+
+    keep        the same, with nmfx_keep(weight, mask): the mask is fixed
+
+    packed      linear(x, weight, bias)              becomes
+                nmfx_linear_nm(x, values, index, bias, in_features, n, m)
+
+Requires: weights reach their consumers straight from a placeholder or get_attr node.
+Ensures: consumers outside the table, and nodes that are no consumers, are left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ops.keep import keep
+from ..ops.linear_nm import linear_nm
+from ..ops.sr_ste import sr_ste
+from ..pattern import Pattern
+from .table import Consumer, argument, consumer_of
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a graph consumes a weight: `node` reads `weight` as `consumer` says."""
+
+    weight: fx.Node
+    node: fx.Node
+    consumer: Consumer
+
+
+def find_uses(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> list[Use]:
+    """All uses of weights in `graph`, in execution order; `is_weight` tells which nodes are weights."""
+    uses = []
+    for node in graph.nodes:
+        consumer = consumer_of(node)
+        if consumer is None:
+            continue
+        weight = argument(node, consumer.position, consumer.keyword)
+        if isinstance(weight, fx.Node) and is_weight(weight):
+            uses.append(Use(weight, node, consumer))
+    return uses
+
+
+def insert_sr_ste(graph: fx.Graph, uses: Iterable[Use], control: str, m: int, dim: int) -> fx.Node:
+    """Puts one sr_ste node between a weight and all of its `uses`; `control` is the attribute to read."""
+    return _insert(graph, uses, sr_ste, control, (m, dim))
+
+
+def insert_keep(graph: fx.Graph, uses: Iterable[Use], mask: str) -> fx.Node:
+    """Puts one keep node (a fixed mask, read from attribute `mask`) between a weight and its `uses`."""
+    return _insert(graph, uses, keep, mask, ())
+
+
+def _insert(
+    graph: fx.Graph, uses: Iterable[Use], op: Callable, attribute: str, constants: tuple[int, ...]
+) -> fx.Node:
+    uses = list(uses)  # in execution order, so the first one's weight node comes before all uses
+    with graph.inserting_before(uses[0].node):
+        side = graph.create_node("get_attr", attribute)
+        masked = graph.call_function(op, (uses[0].weight, side, *constants))
+    for use in uses:
+        _replace_argument(use, masked)
+        if not use.weight.users:  # one weight may be read by several get_attr nodes
+            graph.erase_node(use.weight)
+    return masked
+
+
+def remove_inserted(graph: fx.Graph) -> int:
+    """Undoes `insert_sr_ste` and `insert_keep` everywhere in `graph`; returns how many there were."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (sr_ste, keep):
+            weight, side = node.args[:2]
+            node.replace_all_uses_with(weight)
+            graph.erase_node(node)
+            graph.erase_node(side)
+            count += 1
+    return count
+
+
+def replace_with_linear_nm(
+    graph: fx.Graph, uses: Iterable[Use], values: str, index: str, in_features: int, pattern: Pattern
+) -> None:
+    """Replaces linear and addmm consumers of a weight by linear_nm on packed attributes.
+
+    `addmm` is taken as (bias, input, weight) with alpha = beta = 1: check with `can_pack`.
+    """
+    for use in uses:
+        node = use.node
+        if use.consumer.family == "addmm":
+            inputs, bias = argument(node, 1, "mat1"), argument(node, 0, "input")
+        else:
+            inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
+        with graph.inserting_before(node):
+            packed = [graph.create_node("get_attr", name) for name in (values, index)]
+            call = graph.call_function(
+                linear_nm, (inputs, *packed, bias, in_features, pattern.n, pattern.m)
+            )
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        if not use.weight.users:
+            graph.erase_node(use.weight)
+
+
+def can_pack(uses: Iterable[Use]) -> str | None:
+    """None if `replace_with_linear_nm` can take all uses of a weight, else the reason why not."""
+    for use in uses:
+        if use.consumer.family not in ("linear", "addmm"):
+            return f"{use.consumer.family} has no packed kernel yet"
+        if set(use.weight.users) - {other.node for other in uses}:
+            return "its weight is read by more than linear layers"
+        if use.node.kwargs.keys() & {"alpha", "beta"}:
+            return "addmm with alpha or beta"
+    return None
+
+
+def _replace_argument(use: Use, new: fx.Node) -> None:
+    if len(use.node.args) > use.consumer.position:
+        use.node.update_arg(use.consumer.position, new)
+    else:
+        use.node.update_kwarg(use.consumer.keyword, new)

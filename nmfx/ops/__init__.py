@@ -1,0 +1,1 @@
+"""The custom operators of nmfx, one file each: schema, fake, autograd, dispatch."""

@@ -1,0 +1,194 @@
+"""nmfx.report: one row per linear and conv weight, with what became of it and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .capture.candidates import Candidate, find_candidates
+from .capture.site import SKIPPED, get_path, packed_names
+from .errors import NMError
+from .ops.sr_ste import UNFUSED_REASON
+from .pattern import Pattern
+
+NOTES = "_nmfx_notes"  # on a lowered model: what `lower` decided per parameter
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight.
+
+    Attributes:
+        fqn: fully qualified name of the parameter.
+        kind: "linear", "addmm", "conv", "conv_transpose", or the class of what nmfx leaves alone.
+        shape: of the dense weight.
+        pattern: the pattern in force, or None for a dense layer.
+        state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed" or "dense".
+        capture: "leaf", "scoped" or "graph" for rewritten layers, else "".
+        lambda_w: strength of the SR-STE decay; None for a dense or packed layer.
+        attached: whether an optimizer applies the decay (`nmfx.attach`).
+        bytes_dense, bytes: of the dense weight, and as it is stored now.
+        reason: why the layer is as it is, where that needs one.
+    """
+
+    fqn: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: Pattern | None
+    state: str
+    capture: str
+    lambda_w: float | None
+    attached: bool
+    bytes_dense: int
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `nmfx.report` found; `print` it for a table."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Layers and weights in all and under a pattern, and bytes before and now."""
+        sparse = [row for row in self.rows if row.pattern is not None]
+        return {
+            "layers": len(self.rows),
+            "layers_sparse": len(sparse),
+            "weights": sum(_numel(row.shape) for row in self.rows),
+            "weights_sparse": sum(_numel(row.shape) for row in sparse),
+            "weights_kept": sum(
+                _numel(row.shape) * row.pattern.n // row.pattern.m for row in sparse if row.pattern
+            ),
+            "bytes_dense": sum(row.bytes_dense for row in self.rows),
+            "bytes": sum(row.bytes for row in self.rows),
+        }
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("parameter", "kind", "shape", "pattern", "state", "bytes", "reason"):
+            table.add_column(name, justify="right" if name == "bytes" else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(
+                row.fqn,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                "-" if row.pattern is None else row.pattern.text,
+                row.state,
+                f"{row.bytes:,}",
+                row.reason,
+            )
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        # Wide enough for any row: a table in a log must not be cut to the terminal's width.
+        Console(file=buffer, width=10_000, color_system=None).print(self)
+        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+        t = self.totals
+        share = t["weights_sparse"] / t["weights"] if t["weights"] else 0.0
+        lines += [
+            "",
+            f"{t['layers_sparse']} of {t['layers']} layers and {share:.1%} of their "
+            f"{t['weights']:,} weights are N:M sparse (N:M keeps N of every M); "
+            f"{t['bytes_dense']:,} bytes dense, {t['bytes']:,} as stored",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """One row per linear and conv weight of any model: pattern, state, or the reason it is dense.
+
+    Changes nothing and runs nothing.
+
+    Raises:
+        NMError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
+    rows = tuple(_row(candidate) for candidate in find_candidates(model))
+    notes = list(model.__dict__.get(NOTES, ()))
+    if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
+        notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
+    return Report(rows, tuple(notes))
+
+
+def _row(candidate: Candidate) -> Row:
+    site = candidate.site
+    reason = candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, "")
+    dense = _numel(candidate.shape) * _itemsize(candidate)
+    if site is None:
+        return Row(
+            candidate.name,
+            candidate.kind,
+            candidate.shape,
+            None,
+            "dense",
+            "",
+            None,
+            False,
+            dense,
+            dense,
+            reason or candidate.obstacle or "not sparsified",
+        )
+    packed = site.state == "packed"
+    return Row(
+        candidate.name,
+        candidate.kind,
+        candidate.shape,
+        site.pattern,
+        site.state,
+        site.capture,
+        None if packed else site.lambda_w,
+        site.attached is not None,
+        dense,
+        _stored_bytes(candidate, dense),
+        reason or _explanation(candidate),
+    )
+
+
+def _explanation(candidate: Candidate) -> str:
+    site = candidate.site
+    assert site is not None
+    if site.capture == "scoped" and not isinstance(candidate.host, nn.MultiheadAttention):
+        return "its forward does not trace, so it runs on a stand-in with the masked weight"
+    return ""
+
+
+def _itemsize(candidate: Candidate) -> int:
+    path = candidate.path
+    if candidate.site is not None and candidate.site.state == "packed":
+        path = packed_names(path)[0]
+    try:
+        tensor = get_path(candidate.host, path)
+    except AttributeError:
+        return 0
+    return tensor.dtype.itemsize if isinstance(tensor, torch.Tensor) else 0
+
+
+def _stored_bytes(candidate: Candidate, dense: int) -> int:
+    assert candidate.site is not None
+    if candidate.site.state != "packed":
+        return dense
+    buffers = [get_path(candidate.host, name) for name in packed_names(candidate.path)]
+    return sum(buffer.numel() * buffer.dtype.itemsize for buffer in buffers)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() if shape else 0

@@ -1,0 +1,130 @@
+"""What may change while training: lambda, N (and M), and whether the masks move at all."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .capture.install import refresh
+from .capture.site import SiteRef, mask_name, sites_of
+from .errors import NMError
+from .mask import nm_mask
+from .pattern import Pattern
+from .policy import Rules, check_lambda, parse_rules
+
+
+def set_lambda(model: nn.Module, lambda_w: float) -> None:
+    """Sets the strength of the SR-STE decay everywhere; nothing is traced or compiled again.
+
+    A backward whose forward has already run uses the value of that forward.
+
+    Args:
+        model: a sparsified model.
+        lambda_w: finite, >= 0; 0 is plain STE.
+
+    Raises:
+        NMError: another value, or no sparsified layer.
+    """
+    lambda_w = check_lambda(lambda_w)
+    for ref in sites_of(model, "set_lambda"):
+        ref.site.lambda_w = lambda_w
+        ref.refresh_control()
+
+
+def set_pattern(model: nn.Module, rules: Rules) -> None:
+    """Changes the pattern of sparsified layers. A new N at the same M recompiles nothing.
+
+    Args:
+        model: a sparsified model.
+        rules: a pattern for all sparsified layers, or globs over module names to patterns, of
+            which the first match counts; layers that none matches keep theirs.
+
+    Raises:
+        NMError: M does not divide a layer's axis, a layer is frozen, a rule that is None or
+            matches no sparsified layer. Nothing is changed then.
+    """
+    refs = sites_of(model, "set_pattern")
+    parsed = parse_rules(rules)
+    for rule in parsed:
+        if rule.pattern is None:
+            raise NMError(f"rule {rule.glob!r}: None would make a layer dense; use nmfx.unsparsify")
+        if not any(rule.matches(ref.module_name) for ref in refs):
+            raise NMError(f"rule {rule.glob!r} matches no sparsified layer")
+    changes: list[tuple[SiteRef, Pattern]] = []
+    for ref in refs:
+        rule = next((rule for rule in parsed if rule.matches(ref.module_name)), None)
+        if rule is not None and rule.pattern is not None and rule.pattern != ref.site.pattern:
+            _check_change(ref, rule.pattern)
+            changes.append((ref, rule.pattern))
+    for ref, pattern in changes:
+        new_code = pattern.m != ref.site.pattern.m
+        ref.site.pattern = pattern
+        ref.refresh_control()
+        if new_code:
+            refresh(ref.host, ref.store)
+
+
+def _check_change(ref: SiteRef, pattern: Pattern) -> None:
+    where = ref.module_name or "model"
+    if ref.site.state == "frozen":
+        raise NMError(f"{where}: its mask is frozen at {ref.site.pattern}; call nmfx.unfreeze first")
+    size = ref.site.reduced
+    if size % pattern.m:
+        raise NMError(
+            f"{where}: its reduced axis of {size} is not a multiple of {pattern.m}, so "
+            f"{pattern.text} groups would straddle it; leave it out with a glob"
+        )
+
+
+def freeze(model: nn.Module) -> None:
+    """Fixes all masks as they are now: pruned weights get no gradient and no decay.
+
+    Costs one select per layer instead of a ranking. Layers frozen before keep their mask.
+
+    Raises:
+        NMError: no sparsified layer, or weights on the meta device.
+    """
+    refs = [ref for ref in sites_of(model, "freeze") if ref.site.state == "sparse"]
+    for ref in refs:
+        if ref.parameter.is_meta:
+            raise NMError(f"{ref.name}: it is on the meta device, so it has no mask yet")
+    for ref in refs:
+        ref.store.__dict__[mask_name(ref.index)] = site_mask(ref)
+    _switch(refs, "frozen")
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Lets the masks follow the weights again; the inverse of `freeze`, no error if none is frozen.
+
+    Raises:
+        NMError: no sparsified layer.
+    """
+    refs = [ref for ref in sites_of(model, "unfreeze") if ref.site.state == "frozen"]
+    _switch(refs, "sparse")
+    for ref in refs:
+        del ref.store.__dict__[mask_name(ref.index)]
+
+
+def _switch(refs: list[SiteRef], state: str) -> None:
+    for ref in refs:
+        ref.site.state = state
+    for host, store in {(ref.host, ref.store) for ref in refs}:
+        refresh(host, store)
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """A snapshot of all masks, for `nmfx.sad` and for looking at.
+
+    Returns:
+        {parameter name: bool tensor of the weight's shape, True = kept}; new tensors.
+
+    Raises:
+        NMError: no sparsified layer.
+    """
+    return {ref.name: site_mask(ref).clone() for ref in sites_of(model, "masks")}
+
+
+def site_mask(ref: SiteRef) -> Tensor:
+    """The mask in force at a site: the fixed one if it is frozen, else that of the weight now."""
+    if ref.site.state == "frozen":
+        return ref.store.__dict__[mask_name(ref.index)]
+    return nm_mask(ref.parameter, ref.site.pattern, ref.site.dim)

@@ -1,0 +1,177 @@
+"""nmfx.sparsify and its undo."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx, nn
+
+from .capture.candidates import Candidate, find_candidates
+from .capture.generate import is_generated
+from .capture.graph_module import rewrite_graph
+from .capture.install import class_for, install_guards, remove
+from .capture.site import HOLDER, SITES, SKIPPED, Holder, Site, add_sites, get_path, holder_of
+from .errors import NMError
+from .policy import Decision, Rules, check_lambda, decide, parse_rules
+
+# The paper's lambda_W, for every network it trains. Reference: arXiv 2102.04010, section 4.
+DEFAULT_LAMBDA_W = 2e-4
+
+
+def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA_W) -> nn.Module:
+    """Rewrites linear and conv layers so that they compute with N:M masked weights.
+
+    In place; parameters, state_dict keys, hooks and `isinstance` stay as they are. Train as
+    before: the mask follows the weights at every forward, and the gradient of a weight is
+    `g + lambda_w * (1 - mask) * weight` (SR-STE), in train and eval mode alike.
+
+    Args:
+        model: any `nn.Module` or `fx.GraphModule`.
+        rules: a pattern ("2:4" keeps 2 of every 4) for the default policy, or a mapping of globs
+            over module names to patterns or None, of which the first match counts. The default
+            policy, also under the glob "*", keeps the output layer dense; any other rule that
+            matches it includes it. Layers that no rule matches stay dense.
+        lambda_w: strength of the decay of pruned weights, >= 0; 0 is plain STE.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NMError: a pattern, rule or lambda that does not hold, a rule that matches no module, an
+            exact name that cannot be sparsified, a layer that already has another pattern, or
+            nothing to sparsify. The model is unchanged then.
+
+    Reference: arXiv 2102.04010.
+    """
+    _check_model(model)
+    lambda_w = check_lambda(lambda_w)
+    decisions = decide(model, find_candidates(model), parse_rules(rules))
+    _check_existing(decisions)
+    chosen = [d for d in decisions if d.pattern is not None]
+    if not chosen:
+        raise NMError(_nothing(model, decisions))
+
+    # Build everything first; what follows only assigns attributes.
+    hosts: dict[nn.Module, list[Decision]] = defaultdict(list)
+    for decision in chosen:
+        if decision.candidate.site is None:
+            hosts[decision.candidate.host].append(decision)
+    planned = []
+    for host, new in hosts.items():
+        old = list(_store_sites(host))
+        sites = old + [_new_site(decision, lambda_w) for decision in new]
+        in_graph = new[0].candidate.capture == "graph"
+        planned.append((host, sites, None if in_graph else class_for(host, sites)))
+
+    for host, sites, cls in planned:
+        _install(host, sites, cls)
+    install_guards(model, set(hosts))
+    _note_reasons(decisions)
+    return model
+
+
+def unsparsify(model: nn.Module) -> nn.Module:
+    """Undoes `sparsify`: the dense model with the weights as trained, pruned ones included.
+
+    In place; parameters are the same objects with the same values.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NMError: nothing is sparsified, or a layer was lowered (its dense weight is gone).
+    """
+    _check_model(model)
+    found = False
+    for fqn, module in model.named_modules():
+        for site in [*module.__dict__.get(SITES, ()), *_graph_sites(module)]:
+            found = True
+            if site.state == "packed":
+                raise NMError(f"{fqn or 'model'}: {site.path} is packed; its dense weight is gone")
+        if SITES in module.__dict__ and not isinstance(module, Holder) and not is_generated(type(module)):
+            raise NMError(
+                f"{fqn or 'model'}: its class became {type(module).__name__} after it was "
+                f"sparsified; undo that first"
+            )
+    if not found:
+        raise NMError(f"nmfx.unsparsify: {type(model).__name__} has no sparsified layer")
+    restore(model)
+    return model
+
+
+def restore(model: nn.Module) -> None:
+    """Removes everything nmfx from a model, except from layers that are packed."""
+    for module in list(model.modules()):
+        remove(module)
+        module.__dict__.pop(SKIPPED, None)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NMError("the model is a ScriptModule; sparsify it before torch.jit.script")
+    if not isinstance(model, nn.Module):
+        raise NMError(f"nmfx works on an nn.Module, got {type(model).__name__}")
+
+
+def _check_existing(decisions: list[Decision]) -> None:
+    for decision in decisions:
+        site, pattern = decision.candidate.site, decision.pattern
+        if site is not None and pattern is not None and site.pattern != pattern:
+            raise NMError(
+                f"{decision.candidate.module_name}: it is {site.pattern} already, not "
+                f"{pattern}; use nmfx.set_pattern to change it"
+            )
+
+
+def _nothing(model: nn.Module, decisions: list[Decision]) -> str:
+    kind = type(model).__name__
+    if not decisions:
+        return f"{kind} has no linear or conv layer that nmfx could sparsify"
+    first = decisions[0]
+    return (
+        f"nothing to sparsify in {kind}: all {len(decisions)} linear and conv weights stay dense, "
+        f"the first one, {first.candidate.name}, because {first.reason}"
+    )
+
+
+def _new_site(decision: Decision, lambda_w: float) -> Site:
+    c: Candidate = decision.candidate
+    assert decision.pattern is not None
+    return Site(
+        c.path, c.shape, c.dim, c.reduced, decision.pattern, lambda_w, c.kind, c.capture
+    )
+
+
+def _graph_sites(module: nn.Module) -> list[Site]:
+    holder = holder_of(module)
+    return holder.__dict__[SITES] if holder is not None else []
+
+
+def _store_sites(host: nn.Module) -> list[Site]:
+    return [*host.__dict__.get(SITES, ()), *_graph_sites(host)]
+
+
+def _install(host: nn.Module, sites: list[Site], cls: type[nn.Module] | None) -> None:
+    devices = [get_path(host, site.path).device for site in sites]
+    if cls is None:
+        holder = holder_of(host) or Holder()
+        host._modules[HOLDER] = holder
+        add_sites(holder, sites, devices)
+        assert isinstance(host, fx.GraphModule)
+        rewrite_graph(host)
+    else:
+        add_sites(host, sites, devices)
+        host.__class__ = cls
+
+
+def _note_reasons(decisions: list[Decision]) -> None:
+    """Leaves the reason on each skipped layer, for the report; replaces those of earlier calls."""
+    for decision in decisions:
+        candidate = decision.candidate
+        reasons = candidate.host.__dict__.setdefault(SKIPPED, {})
+        reasons.pop(candidate.path, None)
+        if decision.pattern is None and candidate.site is None:
+            reasons[candidate.path] = decision.reason
+        if not reasons:
+            del candidate.host.__dict__[SKIPPED]
