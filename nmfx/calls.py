@@ -20,8 +20,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def parse_calls(example_inputs: Any) -> list[Call]:
-    """Reads example inputs: a tuple is one call's arguments, a dict one call's keywords, a list
-    several calls, None no call.
+    """Reads example inputs.
+
+    A tuple is one call's arguments, a dict one call's keywords, a list several calls, None none.
 
     Raises:
         NMError: anything else, with what to write.
@@ -41,8 +42,8 @@ def _parse_call(call: Any) -> list[Call]:
     if isinstance(call, Mapping):  # Hugging Face's BatchEncoding is one too
         return [((), dict(call))]
     raise NMError(
-        f"example_inputs holds a {type(call).__name__}; write a tuple of arguments, (x,), a dict of "
-        f"keywords, or a list of these for several calls"
+        f"example_inputs holds a {type(call).__name__}; write a tuple of arguments, (x,), a dict "
+        f"of keywords, or a list of these for several calls"
     )
 
 
@@ -81,7 +82,10 @@ def compare_outputs(expected: Any, actual: Any, number: int) -> None:
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64, equal NaN and Inf left out; Inf if they differ."""
+    """||actual - expected|| / ||expected|| in float64.
+
+    NaN and Inf are left out where both have them; the error is Inf where only one does.
+    """
     expected, actual = expected.detach().double(), actual.detach().double()
     finite = expected.isfinite()
     odd = torch.where(finite, 0.0, expected).nan_to_num(nan=7.0)

@@ -22,7 +22,6 @@ from .capture.candidates import Candidate, find_candidates
 from .capture.graph_module import find_graph_uses
 from .capture.install import install_guards, refresh
 from .capture.leaf import trace_leaf
-from .capture.snapshot import restored_on_error
 from .capture.site import (
     HOLDER,
     SITES,
@@ -35,6 +34,7 @@ from .capture.site import (
     iter_sites,
     packed_names,
 )
+from .capture.snapshot import restored_on_error
 from .errors import NMError
 from .fold import bake, masked_weight
 from .graph.rewrite import can_pack
@@ -50,7 +50,7 @@ _SLOW = (
 
 
 def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:
-    """A packed inference model: weights stored in N:M form, everything else as `nmfx.fold` leaves it.
+    """A packed inference model: weights in N:M form, everything else as `nmfx.fold` leaves it.
 
     Takes sparsified and folded models, in train or eval mode, partly dense. The result computes
     what the folded model computes, within rounding; it gives gradients to its inputs and to what

@@ -1,4 +1,4 @@
-"""Which layer gets which pattern: the user's rules, and the default policy where they are silent."""
+"""Which layer gets which pattern: the user's rules, and the default policy under them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .capture.candidates import Candidate
 from .errors import NMError
 from .pattern import Pattern, PatternLike
 
-Rules = Union[PatternLike, Mapping[str, Union[PatternLike, None]]]
+Rules = Union[PatternLike, Mapping[str, PatternLike | None]]  # noqa: UP007 (has a forward)
 
 EVERYTHING = "*"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the user's rules: a glob over module names, and a pattern or None (stay dense)."""
+    """One of the user's rules: a glob over module names, and a pattern or None (stay dense)."""
 
     glob: str
     pattern: Pattern | None
@@ -116,7 +116,9 @@ def _decide(candidate: Candidate, rules: list[Rule], head: set[str]) -> Decision
         return Decision(candidate, None, obstacle)
     if rule.default and candidate.module_name in head:
         return Decision(
-            candidate, None, "the output layer stays dense by default; name it in a rule to include it"
+            candidate,
+            None,
+            "the output layer stays dense by default; name it in a rule to include it",
         )
     return Decision(candidate, rule.pattern, "")
 

@@ -51,10 +51,10 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
             raise NMError(f"rule {rule.glob!r} matches no sparsified layer")
     changes: list[tuple[SiteRef, Pattern]] = []
     for ref in refs:
-        rule = next((rule for rule in parsed if rule.matches(ref.module_name)), None)
-        if rule is not None and rule.pattern is not None and rule.pattern != ref.site.pattern:
-            _check_change(ref, rule.pattern)
-            changes.append((ref, rule.pattern))
+        pattern = next((rule.pattern for rule in parsed if rule.matches(ref.module_name)), None)
+        if pattern is not None and pattern != ref.site.pattern:
+            _check_change(ref, pattern)
+            changes.append((ref, pattern))
     for ref, pattern in changes:
         new_code = pattern.m != ref.site.pattern.m
         ref.site.pattern = pattern
@@ -66,7 +66,9 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
 def _check_change(ref: SiteRef, pattern: Pattern) -> None:
     where = ref.module_name or "model"
     if ref.site.state == "frozen":
-        raise NMError(f"{where}: its mask is frozen at {ref.site.pattern}; call nmfx.unfreeze first")
+        raise NMError(
+            f"{where}: its mask is frozen at {ref.site.pattern}; call nmfx.unfreeze first"
+        )
     size = ref.site.reduced
     if size % pattern.m:
         raise NMError(

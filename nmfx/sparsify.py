@@ -89,7 +89,11 @@ def unsparsify(model: nn.Module) -> nn.Module:
             found = True
             if site.state == "packed":
                 raise NMError(f"{fqn or 'model'}: {site.path} is packed; its dense weight is gone")
-        if SITES in module.__dict__ and not isinstance(module, Holder) and not is_generated(type(module)):
+        if (
+            SITES in module.__dict__
+            and not isinstance(module, Holder)
+            and not is_generated(type(module))
+        ):
             raise NMError(
                 f"{fqn or 'model'}: its class became {type(module).__name__} after it was "
                 f"sparsified; undo that first"
@@ -138,9 +142,7 @@ def _nothing(model: nn.Module, decisions: list[Decision]) -> str:
 def _new_site(decision: Decision, lambda_w: float) -> Site:
     c: Candidate = decision.candidate
     assert decision.pattern is not None
-    return Site(
-        c.path, c.shape, c.dim, c.reduced, decision.pattern, lambda_w, c.kind, c.capture
-    )
+    return Site(c.path, c.shape, c.dim, c.reduced, decision.pattern, lambda_w, c.kind, c.capture)
 
 
 def _graph_sites(module: nn.Module) -> list[Site]:

@@ -40,7 +40,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """
     sites_of(model, "trace")
     if args or kwargs:
-        return torch.export.export(model, args, kwargs).module()  # type: ignore[return-value]
+        return torch.export.export(model, args, kwargs).module()
     try:
         graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -28,7 +28,8 @@ class Candidate:
         name: fully qualified name of the parameter.
         module_name: name of the module that owns it: what rules match.
         host, path: the module whose forward consumes it, and the parameter relative to it.
-        kind: "linear", "addmm", "conv", "conv_transpose", or the class name of what nmfx leaves alone.
+        kind: "linear", "addmm", "conv", "conv_transpose", or the class name of a layer that nmfx
+            leaves alone.
         shape: of the weight; () if there is none.
         dim: the dimension the consumer sums over.
         reduced: how many elements along `dim` one output sums over.
@@ -77,7 +78,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> the other names of the same parameter, for parameters in several modules."""
+    """Parameter name -> the other names it has, for parameters that several modules share."""
     names: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for fqn, module in model.named_modules():
         for path, parameter in module._parameters.items():
@@ -119,7 +120,10 @@ def _kind(module: nn.Module) -> str | None:
     if isinstance(module, _TRANSPOSED):
         return "conv_transpose"
     # Hugging Face's Conv1D, by name: importing transformers takes seconds.
-    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
+    if any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(module).__mro__
+    ):
         return "addmm"
     return None
 
@@ -143,7 +147,9 @@ def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
 
 def _scoped(fqn: str, module: nn.Module, path: str) -> Candidate:
     owner, _, name = path.rpartition(".")
-    candidate = Candidate(join(fqn, path), join(fqn, owner), module, path, "linear", capture="scoped")
+    candidate = Candidate(
+        join(fqn, path), join(fqn, owner), module, path, "linear", capture="scoped"
+    )
     if _take_site(candidate, module):
         return candidate
     owner_module = get_path(module, owner) if owner else module
@@ -163,11 +169,15 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
         weight = gm.get_parameter(path)
         candidate.obstacle = _tensor_obstacle(weight) or _graph_obstacle(gm, path, uses)
         if candidate.obstacle is None:
-            groups = max(groups_argument(use.node) for use in uses) if kind == "conv_transpose" else 1
+            groups = (
+                max(groups_argument(use.node) for use in uses) if kind == "conv_transpose" else 1
+            )
             _measure(candidate, weight, uses[0].consumer.dim, groups)
     # What is sparsified, frozen or packed already reaches its consumer through another node.
     holder = holder_of(gm)
-    for site in holder.__dict__[SITES] if holder is not None else ():
+    if holder is None:
+        return found
+    for site in holder.__dict__[SITES]:
         owner, _, _ = site.path.rpartition(".")
         candidate = Candidate(join(fqn, site.path), join(fqn, owner), gm, site.path, site.kind)
         _take_site(candidate, holder)

@@ -39,7 +39,11 @@ def other_readers(gm: fx.GraphModule, path: str, uses: list[Use]) -> set[str]:
     readers = itertools.chain.from_iterable(
         node.users for node in gm.graph.nodes if node.op == "get_attr" and node.target == path
     )
-    return {getattr(node.target, "__name__", str(node.target)) for node in readers if node not in consumers}
+    return {
+        getattr(node.target, "__name__", str(node.target))
+        for node in readers
+        if node not in consumers
+    }
 
 
 def rewrite_graph(gm: fx.GraphModule) -> None:
@@ -60,8 +64,5 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:
-            insert_sr_ste(
-                gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim
-            )
+            insert_sr_ste(gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim)
     gm.recompile()
-

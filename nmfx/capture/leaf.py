@@ -42,7 +42,7 @@ def trace_leaf(module: nn.Module) -> tuple[fx.Graph, list[Use], dict[str, str]]:
 
 
 def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
-    """The generated class that runs `module` with its weight masked, fixed or packed as `site` says.
+    """The class that runs `module` with its weight masked, fixed or packed, as `site` says.
 
     Raises:
         Untraceable: see `trace_leaf`.
@@ -50,7 +50,9 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     graph, uses, baked = trace_leaf(module)
     members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
     if site.state == "packed":
-        replace_with_linear_nm(graph, uses, *packed_names(WEIGHT), site.shape[site.dim], site.pattern)
+        replace_with_linear_nm(
+            graph, uses, *packed_names(WEIGHT), site.shape[site.dim], site.pattern
+        )
         members["weight"] = property(_unpacked_weight)
     elif site.state == "frozen":
         insert_keep(graph, uses, mask_name(0))

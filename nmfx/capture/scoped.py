@@ -16,7 +16,6 @@ module itself holds stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,9 +90,7 @@ def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 def guard_class(module: nn.Module) -> type[nn.Module] | None:
     """The generated class that makes a parent with a fast path call its children, or None."""
     base = base_class(module)
-    for kind, overrides in GUARDS.items():
-        if issubclass(base, kind):
-            forward: Callable = base.forward
-            return generated_class(base, ("guard",), lambda: forward, **overrides)
-    return None
-
+    overrides = next((o for kind, o in GUARDS.items() if issubclass(base, kind)), None)
+    if overrides is None:
+        return None
+    return generated_class(base, ("guard",), lambda: base.forward, **overrides)

@@ -146,7 +146,7 @@ def join(*names: str) -> str:
 
 
 class NMModule:
-    """What every module whose sites are stored in it adds to its class (a mixin, before the base)."""
+    """A mixin for every module that sites are stored in; it stands before the base."""
 
     nmfx_base: type[nn.Module]
 
@@ -187,7 +187,7 @@ def move_state(store: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def copied_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A host's `__dict__` for a copy: an optimizer hook does not follow, so lambda returns inside."""
+    """A host's `__dict__` for a copy, in which lambda is back inside: hooks do not follow."""
     state = dict(state)
     sites = [replace(site, attached=None) for site in state.get(SITES, ())]
     for i, (old, new) in enumerate(zip(state.get(SITES, ()), sites, strict=True)):
@@ -205,7 +205,7 @@ def iter_sites(model: nn.Module) -> Iterator[SiteRef]:
         if isinstance(module, Holder):  # its sites belong to the GraphModule above it
             continue
         for store in (module, holder_of(module)):
-            if not isinstance(store, NMModule):
+            if store is None:
                 continue
             for i, site in enumerate(store.__dict__.get(SITES, ())):
                 yield SiteRef(join(fqn, site.path), module, store, i, site)

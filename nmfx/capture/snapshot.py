@@ -32,5 +32,6 @@ def restored_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(state)
             if graph is not None:
+                assert isinstance(module, fx.GraphModule)
                 module.graph = graph
         raise

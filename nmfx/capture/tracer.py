@@ -79,8 +79,8 @@ class _Self:
         fields.update(_nmfx_module=module, _nmfx_base=base, _nmfx_tracer=tracer)
         fields.update(_nmfx_baked={}, _nmfx_proxies={}, _nmfx_stored=[])
 
-    @property
-    def __class__(self) -> type:  # zero-argument super() and isinstance ask for it
+    @property  # type: ignore[misc]  # zero-argument super() and isinstance ask for it
+    def __class__(self) -> type:
         return self._nmfx_base
 
     def __getattr__(self, name: str) -> Any:
@@ -194,7 +194,7 @@ _LOCK = threading.RLock()
 
 
 class ThreadAwareTracer(fx.Tracer):
-    """fx's tracer, one at a time, that lets the modules other threads run pass through untouched."""
+    """fx's tracer, one at a time; modules that other threads run pass through untouched."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with _LOCK:

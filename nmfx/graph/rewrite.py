@@ -36,7 +36,7 @@ class Use:
 
 
 def find_uses(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> list[Use]:
-    """All uses of weights in `graph`, in execution order; `is_weight` tells which nodes are weights."""
+    """All uses of weights in `graph`, in execution order; `is_weight` tells weights from others."""
     uses = []
     for node in graph.nodes:
         consumer = consumer_of(node)
@@ -49,12 +49,12 @@ def find_uses(graph: fx.Graph, is_weight: Callable[[fx.Node], bool]) -> list[Use
 
 
 def insert_sr_ste(graph: fx.Graph, uses: Iterable[Use], control: str, m: int, dim: int) -> fx.Node:
-    """Puts one sr_ste node between a weight and all of its `uses`; `control` is the attribute to read."""
+    """Puts one sr_ste node, controlled by attribute `control`, between a weight and its `uses`."""
     return _insert(graph, uses, sr_ste, control, (m, dim))
 
 
 def insert_keep(graph: fx.Graph, uses: Iterable[Use], mask: str) -> fx.Node:
-    """Puts one keep node (a fixed mask, read from attribute `mask`) between a weight and its `uses`."""
+    """Puts one keep node, with attribute `mask` as fixed mask, between a weight and its `uses`."""
     return _insert(graph, uses, keep, mask, ())
 
 
@@ -73,7 +73,7 @@ def _insert(
 
 
 def remove_inserted(graph: fx.Graph) -> int:
-    """Undoes `insert_sr_ste` and `insert_keep` everywhere in `graph`; returns how many there were."""
+    """Undoes `insert_sr_ste` and `insert_keep` in all of `graph`; returns how many there were."""
     count = 0
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (sr_ste, keep):
@@ -86,7 +86,12 @@ def remove_inserted(graph: fx.Graph) -> int:
 
 
 def replace_with_linear_nm(
-    graph: fx.Graph, uses: Iterable[Use], values: str, index: str, in_features: int, pattern: Pattern
+    graph: fx.Graph,
+    uses: Iterable[Use],
+    values: str,
+    index: str,
+    in_features: int,
+    pattern: Pattern,
 ) -> None:
     """Replaces linear and addmm consumers of a weight by linear_nm on packed attributes.
 

@@ -1,4 +1,4 @@
-"""Which operators consume a weight, where it stands among their arguments, and what they sum over."""
+"""Which operators consume a weight, which argument it is, and which dimension they sum over."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def argument(node: fx.Node, position: int, keyword: str) -> Any:
 
 
 def groups_argument(node: fx.Node) -> Any:
-    """The `groups` of a convolution node: an int, an fx.Node read at run time, or 1 if not given."""
+    """The `groups` of a convolution node: an int, an fx.Node read at run time, or the default 1."""
     position = 8 if node.target is _aten.convolution.default else 6
     groups = argument(node, position, "groups")
     return 1 if groups is None else groups

@@ -71,7 +71,12 @@ linear_nm.__module__ = "nmfx"  # generated code reads `nmfx_linear_nm(...)`
 
 
 def _check(
-    input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, in_features: int, pattern: Pattern
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    pattern: Pattern,
 ) -> None:
     if input.ndim == 0 or input.shape[-1] != in_features:
         raise NMError(
@@ -96,7 +101,13 @@ def _check(
 
 
 def _forward(
-    input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, in_features: int, n: int, m: int
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    n: int,
+    m: int,
 ) -> Tensor:
     pattern = Pattern(n, m)
     _check(input, values, index, bias, in_features, pattern)
@@ -104,7 +115,13 @@ def _forward(
 
 
 def _forward_fake(
-    input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, in_features: int, n: int, m: int
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    n: int,
+    m: int,
 ) -> Tensor:
     _check(input, values, index, bias, in_features, Pattern(n, m))
     return input.new_empty(*input.shape[:-1], values.shape[0])

@@ -34,7 +34,9 @@ ABI = 1
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
-_library.define("sr_ste(Tensor weight, Tensor control, int m, int dim, int abi) -> Tensor", tags=_tags)
+_library.define(
+    "sr_ste(Tensor weight, Tensor control, int m, int dim, int abi) -> Tensor", tags=_tags
+)
 _library.define(
     "sr_ste_backward(Tensor grad, Tensor weight, Tensor masked, Tensor control, int abi) -> Tensor",
     tags=_tags,
@@ -88,7 +90,9 @@ def _forward_eager(weight: Tensor, control: Tensor, m: int, dim: int, abi: int) 
     control = control.to(weight.device)  # no copy unless a wrapper moved the weight by itself
     kept = _kept(rank_eager(weight, m, dim), control)
     out = torch.empty_like(weight)
-    return torch.where(kept, weight, torch.zeros((), dtype=weight.dtype, device=weight.device), out=out)
+    return torch.where(
+        kept, weight, torch.zeros((), dtype=weight.dtype, device=weight.device), out=out
+    )
 
 
 def _forward_pointwise(weight: Tensor, control: Tensor, m: int, dim: int, abi: int) -> Tensor:
@@ -174,7 +178,13 @@ class _Functorch(torch.autograd.Function):
 
 
 def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], weight: Tensor, control: Tensor, m: int, dim: int, abi: int
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    weight: Tensor,
+    control: Tensor,
+    m: int,
+    dim: int,
+    abi: int,
 ) -> tuple[Tensor, int]:
     weight_dim, control_dim = in_dims[:2]
     if control_dim is None and weight_dim is not None:
