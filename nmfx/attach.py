@@ -57,13 +57,16 @@ class Attachment:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[0] if args else kwargs.get("closure")
+        # torch passes the optimizer itself as args[0].
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._add_decay(optimizer)
             return None
         # The closure zeroes and refills the gradients after this hook, perhaps several times.
         wrapped = self._with_decay(closure, optimizer)
-        return ((wrapped, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": wrapped})
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
 
     def _with_decay(self, closure: Callable, optimizer: torch.optim.Optimizer) -> Callable:
         def wrapped() -> Any:
@@ -81,10 +84,13 @@ class Attachment:
             weight, lambda_w = ref.parameter, ref.site.lambda_w
             if weight.grad is None or ref.site.state != "sparse" or lambda_w == 0.0:
                 continue
-            pruned = weight.masked_fill(site_mask(ref), 0.0)
-            if scale is not None:
-                pruned = pruned * scale.to(pruned.device, pruned.dtype)
-            weight.grad.add_(pruned, alpha=lambda_w)
+            decay: Tensor = weight.masked_fill(site_mask(ref), 0.0)
+            if scale is None:
+                weight.grad.add_(decay, alpha=lambda_w)
+                continue
+            # In float32 at least: the usual scale, 65536, is beyond float16.
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight.grad.add_(decay.to(wide) * (lambda_w * scale.to(decay.device, wide)))
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:

@@ -168,7 +168,6 @@ def _pack_layer(entry: _Entry) -> None:
         raise AssertionError(f"{entry.candidate.name}: packing is not exact, please report this")
 
     store = _store(entry)
-    del owner._parameters[name]
     for buffer_name, tensor in zip(packed_names(name), (values, index), strict=True):
         owner.register_buffer(buffer_name, tensor)
     sites = list(store.__dict__.get(SITES, ()))
@@ -177,7 +176,8 @@ def _pack_layer(entry: _Entry) -> None:
     else:
         sites[entry.ref.index] = _packed_site(entry)
     store.__dict__[SITES] = sites
-    refresh(host, store)
+    refresh(host, store)  # while the weight still exists: graph uses are found by its name
+    del owner._parameters[name]
 
 
 def _bits(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
 from .scoped import attention_paths
-from .site import SITES, Holder, Site, get_path, holder_of, join
+from .site import SITES, Holder, Site, get_path, holder_of, join, packed_names
 from .tracer import Untraceable
 
 
@@ -175,14 +175,16 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
             _measure(candidate, weight, uses[0].consumer.dim, groups)
     # What is sparsified, frozen or packed already reaches its consumer through another node.
     holder = holder_of(gm)
-    if holder is None:
-        return found
-    for site in holder.__dict__[SITES]:
+    for site in holder.__dict__[SITES] if holder is not None else ():
         owner, _, _ = site.path.rpartition(".")
         candidate = Candidate(join(fqn, site.path), join(fqn, owner), gm, site.path, site.kind)
+        assert holder is not None
         _take_site(candidate, holder)
         found.append(candidate)
-    return found
+    # Execution order, which tells the output layer.
+    read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+    place = {name: number for number, name in reversed(list(enumerate(read)))}
+    return sorted(found, key=lambda c: place.get(c.path, place.get(packed_names(c.path)[0], 0)))
 
 
 def _graph_obstacle(gm: fx.GraphModule, path: str, uses: list[Use]) -> str | None:
