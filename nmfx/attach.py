@@ -84,13 +84,13 @@ class Attachment:
             weight, lambda_w = ref.parameter, ref.site.lambda_w
             if weight.grad is None or ref.site.state != "sparse" or lambda_w == 0.0:
                 continue
-            decay: Tensor = weight.masked_fill(site_mask(ref), 0.0)
-            if scale is None:
-                weight.grad.add_(decay, alpha=lambda_w)
-                continue
-            # In float32 at least: the usual scale, 65536, is beyond float16.
+            # As in backward: half precision is rounded once, from float32. That also holds the
+            # usual loss scale, 65536, which is beyond float16.
             wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.grad.add_(decay.to(wide) * (lambda_w * scale.to(decay.device, wide)))
+            pruned: Tensor = weight.masked_fill(site_mask(ref), 0.0).to(wide)
+            if scale is not None:
+                pruned = pruned * scale.to(pruned.device, wide)
+            weight.grad.add_(pruned, alpha=lambda_w)
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .capture.site import sites_of
+from .capture.site import SiteRef, sites_of
+from .errors import NMError
+from .schedule import site_mask
 
 # What may read a raw weight: the op itself, and the select of a frozen layer.
 _ALLOWED = {"nmfx::sr_ste", "nmfx::sr_ste_backward"}
@@ -33,11 +35,14 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
         {parameter name: names of the operators that read it raw}; empty if all is well.
 
     Raises:
-        NMError: no sparsified layer.
+        NMError: no sparsified layer, or one that is on the meta device.
     """
     refs = sites_of(model, "verify")
+    for ref in refs:
+        if ref.parameter.is_meta:
+            raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to run")
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    audit = _Audit({_key(ref.parameter): ref.name for ref in refs})
+    audit = _Audit(refs)
     try:
         with torch.random.fork_rng():
             for grad in (True, False):
@@ -51,15 +56,27 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
     return dict(audit.found)
 
 
-def _key(tensor: Tensor) -> tuple[Any, ...]:
-    # Aliases made by .data, detach() or a view from the first element share the address.
-    return (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the one after the last; (0, 0) if empty."""
+    if not tensor.numel():
+        return 0, 0
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in strides)
+    return first * tensor.dtype.itemsize, (last + 1) * tensor.dtype.itemsize
 
 
 class _Audit(TorchDispatchMode):
-    def __init__(self, weights: dict[tuple[Any, ...], str]) -> None:
+    def __init__(self, refs: list[SiteRef]) -> None:
         super().__init__()
-        self.weights = weights
+        # Storages are shared by aliases (.data, detach(), views) and by flattened parameters.
+        self.weights: dict[tuple[Any, ...], list[tuple[int, int, SiteRef]]] = defaultdict(list)
+        for ref in refs:
+            self.weights[_storage(ref.parameter)].append((*_span(ref.parameter), ref))
         self.found: dict[str, set[str]] = defaultdict(set)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,8 +88,16 @@ class _Audit(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _check(self, tensor: Tensor, operator: str, args: Any) -> None:
-        parameter = self.weights.get(_key(tensor))
-        # A frozen layer selects with aten::where(mask, weight, 0.0): that read is masked.
-        masked = operator == "aten::where" and args[0].dtype == torch.bool
-        if parameter is not None and not masked:
-            self.found[parameter].add(operator)
+        for start, stop, ref in self.weights.get(_storage(tensor), ()):
+            first, end = _span(tensor)
+            if first < stop and start < end and not _is_keep(operator, args, ref):
+                self.found[ref.name].add(operator)
+
+
+def _is_keep(operator: str, args: Any, ref: SiteRef) -> bool:
+    """Whether this is the select of a frozen layer, aten::where(mask, weight, 0.0)."""
+    return (
+        ref.site.state == "frozen"
+        and operator == "aten::where"
+        and _storage(args[0]) == _storage(site_mask(ref))
+    )

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .capture.install import check_classes
 from .capture.site import SiteRef, iter_sites, sites_of
 from .errors import NMError
 from .mask import nm_project
@@ -30,7 +31,9 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         NMError: no sparsified layer, or one that is on the meta device. Nothing is changed then.
     """
-    for ref in sites_of(model, "fold"):
+    refs = sites_of(model, "fold")
+    check_classes(model)
+    for ref in refs:
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
     model = model if inplace else copy.deepcopy(model)

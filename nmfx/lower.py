@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from .calls import compare_outputs, evaluation_mode, parse_calls
 from .capture.candidates import Candidate, find_candidates
-from .capture.graph_module import find_graph_uses
-from .capture.install import install_guards, refresh
+from .capture.graph_module import find_graph_uses, masked_uses
+from .capture.install import check_classes, install_guards, refresh
 from .capture.leaf import trace_leaf
 from .capture.site import (
     HOLDER,
@@ -72,6 +72,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False
             Nothing is changed then.
     """
     calls = parse_calls(example_inputs)
+    check_classes(model)
     _plan(model)  # refuse before a copy is made
     model = model if inplace else copy.deepcopy(model)
     plan, dense = _plan(model)
@@ -138,7 +139,7 @@ def _outcome(candidate: Candidate, ref: SiteRef | None) -> Pattern | str:
         return candidate.host.__dict__.get(SKIPPED, {}).get(
             candidate.path, "its weight satisfies no N:M pattern that would make it smaller"
         )
-    rows = weight.numel() // candidate.reduced
+    rows = weight.shape[1 - candidate.dim]
     itemsize = weight.dtype.itemsize
     if packed_bytes(rows, candidate.reduced, pattern, itemsize) >= weight.numel() * itemsize:
         return f"packed as {pattern} it would not be smaller; folded"
@@ -149,10 +150,15 @@ def _unpackable_graph(candidate: Candidate, ref: SiteRef | None) -> str | None:
     if candidate.capture == "leaf":
         _, uses, _ = trace_leaf(candidate.host)
         return can_pack(uses)
-    if ref is not None:
-        return None  # checked when it was sparsified: only table operators read it
-    assert isinstance(candidate.host, fx.GraphModule)
-    return can_pack(find_graph_uses(candidate.host)[candidate.path])
+    gm = candidate.host
+    assert isinstance(gm, fx.GraphModule)
+    uses = find_graph_uses(gm)[candidate.path] if ref is None else masked_uses(gm, candidate.path)
+    return can_pack(uses, lambda node: _is_bias(gm, node, candidate))
+
+
+def _is_bias(gm: fx.GraphModule, node: fx.Node, candidate: Candidate) -> bool:
+    outputs = candidate.shape[1 - candidate.dim]
+    return node.op == "get_attr" and get_path(gm, str(node.target)).shape == (outputs,)
 
 
 @torch.no_grad()

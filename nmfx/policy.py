@@ -155,7 +155,7 @@ def _check_rules(model: nn.Module, candidates: list[Candidate], rules: list[Rule
             raise NMError(
                 f"rule {rule.glob!r} names a {type(model.get_submodule(rule.glob)).__name__}, "
                 f"which is no linear or conv layer; for all layers below it write "
-                f"{rule.glob + '.*'!r}"
+                f"{rule.glob + '.*' if rule.glob else '*'!r}"
             )
 
 
@@ -169,7 +169,11 @@ def head_names(model: nn.Module, candidates: list[Candidate]) -> set[str]:
     if declared is not None:
         return {name for name, module in model.named_modules() if module in declared}
     # A projection inside an attention module is not an output layer.
-    linear = [c for c in candidates if c.kind in ("linear", "addmm") and c.capture != "scoped"]
+    linear = [
+        c
+        for c in candidates
+        if c.kind in ("linear", "addmm") and not isinstance(c.host, nn.MultiheadAttention)
+    ]
     several = len({candidate.module_name for candidate in candidates}) > 1
     return {linear[-1].module_name} if linear and several else set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -107,9 +108,20 @@ class Report:
             f"{t['layers_sparse']} of {t['layers']} layers and {share:.1%} of their "
             f"{t['weights']:,} weights are N:M sparse (N:M keeps N of every M); "
             f"{t['bytes_dense']:,} bytes dense, {t['bytes']:,} as stored",
+            *self._decay_lines(),
             *self.notes,
         ]
         return "\n".join(lines)
+
+    def _decay_lines(self) -> list[str]:
+        """Where the SR-STE decay acts: one line per strength and place."""
+        trained = [row for row in self.rows if row.state == "sparse"]
+        counts = Counter((row.lambda_w, row.attached) for row in trained)
+        return [
+            f"SR-STE decay of pruned weights: lambda_w={lambda_w:g}, "
+            f"{'once per optimizer step' if attached else 'inside backward'} (layers: {count})"
+            for (lambda_w, attached), count in counts.items()
+        ]
 
 
 def report(model: nn.Module) -> Report:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .capture.install import refresh
+from .capture.install import check_classes, refresh
 from .capture.site import SiteRef, mask_name, sites_of
 from .errors import NMError
 from .mask import nm_mask
@@ -55,6 +56,8 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
         if pattern is not None and pattern != ref.site.pattern:
             _check_change(ref, pattern)
             changes.append((ref, pattern))
+    if any(pattern.m != ref.site.pattern.m for ref, pattern in changes):
+        check_classes(model)
     for ref, pattern in changes:
         new_code = pattern.m != ref.site.pattern.m
         ref.site.pattern = pattern
@@ -89,8 +92,10 @@ def freeze(model: nn.Module) -> None:
     for ref in refs:
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so it has no mask yet")
-    for ref in refs:
-        ref.store.__dict__[mask_name(ref.index)] = site_mask(ref)
+    check_classes(model)
+    with torch.inference_mode(False):  # autograd must be able to save them
+        for ref in refs:
+            ref.store.__dict__[mask_name(ref.index)] = site_mask(ref)
     _switch(refs, "frozen")
 
 
@@ -101,6 +106,7 @@ def unfreeze(model: nn.Module) -> None:
         NMError: no sparsified layer.
     """
     refs = [ref for ref in sites_of(model, "unfreeze") if ref.site.state == "frozen"]
+    check_classes(model)
     _switch(refs, "sparse")
     for ref in refs:
         del ref.store.__dict__[mask_name(ref.index)]

@@ -8,9 +8,8 @@ import torch
 from torch import fx, nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.generate import is_generated
 from .capture.graph_module import rewrite_graph
-from .capture.install import class_for, install_guards, remove
+from .capture.install import check_classes, class_for, install_guards, remove
 from .capture.site import HOLDER, SITES, SKIPPED, Holder, Site, add_sites, get_path, holder_of
 from .errors import NMError
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
@@ -83,21 +82,13 @@ def unsparsify(model: nn.Module) -> nn.Module:
         NMError: nothing is sparsified, or a layer was lowered (its dense weight is gone).
     """
     _check_model(model)
+    check_classes(model)
     found = False
     for fqn, module in model.named_modules():
         for site in [*module.__dict__.get(SITES, ()), *_graph_sites(module)]:
             found = True
             if site.state == "packed":
                 raise NMError(f"{fqn or 'model'}: {site.path} is packed; its dense weight is gone")
-        if (
-            SITES in module.__dict__
-            and not isinstance(module, Holder)
-            and not is_generated(type(module))
-        ):
-            raise NMError(
-                f"{fqn or 'model'}: its class became {type(module).__name__} after it was "
-                f"sparsified; undo that first"
-            )
     if not found:
         raise NMError(f"nmfx.unsparsify: {type(model).__name__} has no sparsified layer")
     restore(model)

@@ -74,7 +74,33 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             if others and candidate.obstacle is None:
                 candidate.obstacle = f"its weight is tied to {', '.join(others)}"
         found += new
-    return found
+    return _drop_uncalled(found)
+
+
+def _drop_uncalled(found: list[Candidate]) -> list[Candidate]:
+    """Settles weights that a graph reads although they belong to a linear or conv module.
+
+    If the graph does not call the module, the weight is the graph's; if it does, it stays dense.
+    """
+    in_graphs = {c.name: c for c in found if c.capture == "graph"}
+    kept = []
+    for candidate in found:
+        other = in_graphs.get(candidate.name, candidate)
+        if other is not candidate:
+            if not _calls(other):
+                continue
+            candidate.obstacle = other.obstacle = "a graph reads its weight and calls its module"
+        kept.append(candidate)
+    return kept
+
+
+def _calls(candidate: Candidate) -> bool:
+    owner = candidate.path.rpartition(".")[0]
+    assert isinstance(candidate.host, fx.GraphModule)
+    return any(
+        node.op == "call_module" and f"{owner}.".startswith(f"{node.target}.")
+        for node in candidate.host.graph.nodes
+    )
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -106,7 +132,8 @@ def _of_module(fqn: str, module: nn.Module) -> list[Candidate]:
             for path, p in module.named_parameters(recurse=False)
             if p.ndim > 1
         ]
-    if type(module).__module__.startswith("torch.ao.nn") and ("Linear" in name or "Conv" in name):
+    layer = ("Linear" in name or "Conv" in name) and not name.endswith("PackedParams")
+    if layer and type(module).__module__.startswith("torch.ao.nn"):
         reason = f"{type(module).__module__}.{name} holds a quantized weight"
         return [Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, name, obstacle=reason)]
     return []

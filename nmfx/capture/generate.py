@@ -40,6 +40,12 @@ class NMHost(NMModule):
     nmfx_graph: fx.Graph | None
     nmfx_baked: dict[str, str]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        base = type(self).nmfx_base
+        if SITES not in self.__dict__:  # type(layer)(...) makes a new layer, which is dense
+            self.__class__ = base  # type: ignore[assignment]
+        base.__init__(self, *args, **kwargs)  # type: ignore[arg-type]
+
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
         return ", ".join(text for text in (own, *map(_note, self.__dict__[SITES])) if text)
@@ -52,7 +58,13 @@ class NMHost(NMModule):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Generated classes cannot be pickled by name: a copy starts from the base and rebuilds.
-        return _blank, (type(self).nmfx_base,), copied_state(self.__dict__)
+        getstate = getattr(super(), "__getstate__", None)  # object has one from Python 3.11 on
+        state = self.__dict__ if getstate is None else getstate()
+        if isinstance(state, dict):
+            state = {key: value for key, value in state.items() if not key.startswith("_nmfx_")}
+        added = copied_state(self.__dict__)
+        added = {key: value for key, value in added.items() if key.startswith("_nmfx_")}
+        return _blank, (type(self).nmfx_base,), (state, added)
 
 
 def _note(site: Site) -> str:
@@ -66,9 +78,11 @@ class _Restoring:
 
     nmfx_base: type[nn.Module]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, states: tuple[Any, dict[str, Any]]) -> None:
+        state, added = states
         self.__class__ = type(self).nmfx_base  # type: ignore[assignment]
         self.__setstate__(state)
+        self.__dict__.update(added)
         self.__class__ = _class_for(self)  # type: ignore[arg-type]
 
 

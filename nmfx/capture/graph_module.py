@@ -14,13 +14,16 @@ from torch import fx
 
 from ..graph.rewrite import (
     Use,
+    find_inserted,
     find_uses,
     insert_keep,
     insert_sr_ste,
     remove_inserted,
     replace_with_linear_nm,
 )
-from .site import HOLDER, SITES, control_name, holder_of, mask_name, packed_names
+from ..ops.keep import keep
+from ..ops.sr_ste import sr_ste
+from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, packed_names
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -31,6 +34,12 @@ def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
     for use in uses:
         by_path.setdefault(str(use.weight.target), []).append(use)
     return by_path
+
+
+def masked_uses(gm: fx.GraphModule, path: str) -> list[Use]:
+    """The uses of a parameter through its sr_ste or keep node."""
+    masked = {node for node in find_inserted(gm.graph) if _weight(node) == path}
+    return find_uses(gm.graph, masked.__contains__)
 
 
 def other_readers(gm: fx.GraphModule, path: str, uses: list[Use]) -> set[str]:
@@ -46,11 +55,31 @@ def other_readers(gm: fx.GraphModule, path: str, uses: list[Use]) -> set[str]:
     }
 
 
+def _weight(inserted: fx.Node) -> str:
+    return str(inserted.all_input_nodes[0].target)
+
+
+def _settle(node: fx.Node, i: int = 0, site: Site | None = None) -> bool:
+    """Whether an inserted node is what its site needs; corrects its M. False without a site."""
+    if site is None or site.state != ("frozen" if node.target is keep else "sparse"):
+        return False
+    if node.target is sr_ste:
+        node.args = (*node.args[:2], site.pattern.m, site.dim)
+    return True
+
+
 def rewrite_graph(gm: fx.GraphModule) -> None:
-    """Brings the graph in line with the sites in its holder: masked, fixed or packed weights."""
-    remove_inserted(gm.graph)
+    """Brings the graph in line with the sites in its holder: masked, fixed or packed weights.
+
+    Nodes that are right stay, as a new node would take a new name.
+    """
     holder = holder_of(gm)
     sites = holder.__dict__[SITES] if holder is not None else []
+    numbers = {site.path: (i, site) for i, site in enumerate(sites)}
+    nodes = find_inserted(gm.graph)
+    remove_inserted(
+        gm.graph, [node for node in nodes if not _settle(node, *numbers.get(_weight(node), ()))]
+    )
     by_path = find_graph_uses(gm)
     for i, site in enumerate(sites):
         uses = by_path.get(site.path, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ..errors import NMError
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .leaf import leaf_class
@@ -25,6 +26,25 @@ def class_for(module: nn.Module, sites: list[Site] | None = None) -> type[nn.Mod
 
 
 rebuild_with(class_for)
+
+
+def check_classes(model: nn.Module) -> None:
+    """Refuses to change classes and weights under what somebody else put on top of them.
+
+    Raises:
+        NMError: after it was sparsified, a host's class was replaced (parametrizations, FSDP2), or
+            its forward on the instance (accelerate), which still calls the one of today's class.
+    """
+    for fqn, module in model.named_modules():
+        if SITES not in module.__dict__ or isinstance(module, Holder):
+            continue
+        change = None
+        if not is_generated(type(module)):
+            change = f"its class became {type(module).__name__}"
+        elif "forward" in module.__dict__:
+            change = "its forward was replaced on the instance"
+        if change is not None:
+            raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; undo that first")
 
 
 def refresh(host: nn.Module, store: nn.Module) -> None:

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
@@ -57,15 +59,25 @@ def scoped_class(module: nn.Module, sites: list[Site]) -> type[nn.Module]:
                 masked[path] = keep(weight, getattr(self, mask))
             else:
                 masked[path] = sr_ste(weight, getattr(self, control), m, dim)
+        if torch.compiler.is_compiling():
+            # Dynamo of torch 2.11 cannot copy a module's attributes. It traces in one thread, and
+            # nothing of the swap is left in the compiled code.
+            with _reparametrize_module(self, masked):
+                return base.forward(self, *args, **kwargs)
         stand_in = _with_weights(self, masked)
-        before = dict(stand_in.__dict__)
+        before = _attributes(stand_in)
         result = base.forward(stand_in, *args, **kwargs)
-        for name, value in stand_in.__dict__.items():
+        for name, value in _attributes(stand_in).items():
             if name not in before or before[name] is not value:
                 setattr(self, name, value)
         return result
 
     return generated_class(base, ("scoped", parts), lambda: forward)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    # The stand-in shares its table of buffers with the module, but not these two.
+    return {**module.__dict__, **module._parameters, **module._modules}
 
 
 def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -81,6 +93,7 @@ def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
             below.setdefault(child, {})[rest] = tensor
         else:
             fields["_parameters"][child] = tensor
+            fields.pop(child, None)  # FSDP and replicas set parameters as plain attributes
     for child, tensors in below.items():
         fields["_modules"][child] = _with_weights(fields["_modules"][child], tensors)
     copy.__dict__.update(fields)

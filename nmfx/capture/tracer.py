@@ -17,13 +17,15 @@ and a generated class traces again when one of them is set.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
@@ -44,8 +46,8 @@ def trace_late_bound(module: nn.Module, base: type[nn.Module]) -> tuple[fx.Graph
         Untraceable: control flow that depends on values, or that tracing would silently freeze.
     """
     forward = _STRAIGHT.get(base.forward, base.forward)
-    for function in _own_functions(base, forward):
-        _refuse_branches(function)
+    for function in _definitions(base, "forward"):
+        _refuse_frozen(function)
     graph = fx.Graph()
     stand_in = _Self(module, base, GraphAppendingTracer(graph))
     arguments = [_placeholder(stand_in._nmfx_tracer, p) for p in _parameters(forward)]
@@ -87,7 +89,8 @@ class _Self:
         module = self._nmfx_module
         value = getattr(module, name, None)  # a packed layer has no weight to look at
         if inspect.ismethod(value) and value.__self__ is module:
-            _refuse_branches(value.__func__)
+            for function in (value.__func__, *_definitions(self._nmfx_base, name)):
+                _refuse_frozen(function)
             return types.MethodType(value.__func__, self)
         if isinstance(value, str):
             return self._nmfx_baked.setdefault(name, value)
@@ -103,43 +106,75 @@ class _Self:
         self._nmfx_stored.append(name)
 
 
-# --- control flow that a trace would freeze without a word ------------------------------------
+# --- what a trace would freeze without a word -------------------------------------------------
 
 # Written by torch for tracing, or read by us: their branches only depend on strings.
 _TRUSTED_MODULES = ("torch.nn.modules.", "transformers.pytorch_utils", __name__)
 
 
+# Modules and builtins whose results depend on their arguments alone, and that do nothing else.
+_PURE_MODULES = ("torch", "math", "operator")
+_PURE_BUILTINS = (abs, divmod, getattr, hasattr, isinstance, len, max, min, pow, round, sum)
+
+
 def _trusted(function: Callable) -> bool:
-    return function.__module__.startswith(_TRUSTED_MODULES)
+    return (function.__module__ or "").startswith(_TRUSTED_MODULES)
 
 
-def _own_functions(base: type, forward: Callable) -> list[Callable]:
-    """The forward and, as `super()` may reach them, those of its parents down to torch's."""
-    found = [forward]
+def _definitions(base: type, name: str) -> list[Callable]:
+    """A method and, as `super()` may reach them, those of its parents down to torch's."""
+    found: list[Callable] = []
     for parent in base.__mro__:
-        own = parent.__dict__.get("forward")
-        if own is not None:
+        own = parent.__dict__.get(name)
+        if inspect.isfunction(own):
             found.append(own)
             if _trusted(own):
                 break
     return found
 
 
-def _refuse_branches(function: Callable) -> None:
-    """Refuses code that branches or loops: a trace would keep one branch for ever.
+def _refuse_frozen(function: Callable) -> None:
+    """Refuses code that a trace would run once and then keep as it went.
 
     A branch on a proxy raises by itself, but `if x is None`, `isinstance`, or a global flag would
-    pass silently. Python helpers are refused for the same reason: we do not look inside.
+    pass silently; so would the value of a global, of `random.random()`, or a `print`. Python
+    helpers are refused for the same reason: we do not look inside.
     """
     if _trusted(function) or not hasattr(function, "__code__"):
         return
-    for step in dis.get_instructions(function.__code__):
+    outside = _outside(function)
+    for step in _instructions(function.__code__):
         if step.opname == "FOR_ITER" or ("JUMP" in step.opname and "IF" in step.opname):
             raise Untraceable(f"{function.__qualname__} branches, which a trace would freeze")
-        if step.opname == "LOAD_GLOBAL":
-            helper = function.__globals__.get(step.argval)
-            if isinstance(helper, types.FunctionType) and not helper.__module__.startswith("torch"):
-                raise Untraceable(f"{function.__qualname__} calls {helper.__qualname__}")
+        name = step.argval
+        if step.opname in ("STORE_GLOBAL", "IMPORT_NAME") or (
+            step.opname in ("LOAD_GLOBAL", "LOAD_DEREF") and not _pure(outside.get(name, torch))
+        ):
+            raise Untraceable(f"{function.__qualname__} uses {name}, which a trace would freeze")
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Those of a function and of the lambdas and comprehensions in it."""
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
+
+
+def _outside(function: Callable) -> dict[str, Any]:
+    """What a function's names mean outside of it: builtins, globals, and the scopes around it."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {**vars(builtins), **function.__globals__, **{k: c.cell_contents for k, c in cells}}
+
+
+def _pure(value: Any) -> bool:
+    if isinstance(value, types.ModuleType):
+        return value.__name__.partition(".")[0] in _PURE_MODULES
+    if isinstance(value, type) or any(value is builtin for builtin in _PURE_BUILTINS):
+        return True
+    functions = (types.FunctionType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)
+    module = str(getattr(value, "__module__", ""))
+    return isinstance(value, functions) and module.partition(".")[0] in _PURE_MODULES
 
 
 # --- forwards of torch that need another spelling to trace ------------------------------------

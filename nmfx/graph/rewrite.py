@@ -72,17 +72,20 @@ def _insert(
     return masked
 
 
-def remove_inserted(graph: fx.Graph) -> int:
-    """Undoes `insert_sr_ste` and `insert_keep` in all of `graph`; returns how many there were."""
-    count = 0
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (sr_ste, keep):
-            weight, side = node.args[:2]
-            node.replace_all_uses_with(weight)
-            graph.erase_node(node)
-            graph.erase_node(side)
-            count += 1
-    return count
+def find_inserted(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that `insert_sr_ste` and `insert_keep` made: op(weight, side, *constants)."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in (sr_ste, keep)]
+
+
+def remove_inserted(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> int:
+    """Undoes `insert_sr_ste` and `insert_keep`, for all or the given nodes; returns how many."""
+    nodes = find_inserted(graph) if nodes is None else list(nodes)
+    for node in nodes:
+        weight, side = node.all_input_nodes
+        node.replace_all_uses_with(weight)
+        graph.erase_node(node)
+        graph.erase_node(side)
+    return len(nodes)
 
 
 def replace_with_linear_nm(
@@ -100,7 +103,8 @@ def replace_with_linear_nm(
     for use in uses:
         node = use.node
         if use.consumer.family == "addmm":
-            inputs, bias = argument(node, 1, "mat1"), argument(node, 0, "input")
+            inputs = argument(node, 1, "mat1")
+            bias = _added(node)
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         with graph.inserting_before(node):
@@ -114,8 +118,13 @@ def replace_with_linear_nm(
             graph.erase_node(use.weight)
 
 
-def can_pack(uses: Iterable[Use]) -> str | None:
-    """None if `replace_with_linear_nm` can take all uses of a weight, else the reason why not."""
+def can_pack(
+    uses: Iterable[Use], is_bias: Callable[[fx.Node], bool] = lambda node: node.op == "get_attr"
+) -> str | None:
+    """None if `replace_with_linear_nm` can take all uses of a weight, else the reason why not.
+
+    `is_bias` tells which nodes are vectors of one value per output: addmm adds anything.
+    """
     for use in uses:
         if use.consumer.family not in ("linear", "addmm"):
             return f"{use.consumer.family} has no packed kernel yet"
@@ -123,7 +132,14 @@ def can_pack(uses: Iterable[Use]) -> str | None:
             return "its weight is read by more than linear layers"
         if use.node.kwargs.keys() & {"alpha", "beta"}:
             return "addmm with alpha or beta"
+        if use.consumer.family == "addmm" and not is_bias(_added(use.node)):
+            return "addmm that adds something else than a bias"
     return None
+
+
+def _added(addmm: fx.Node) -> fx.Node:
+    # torch calls it `input`, aten `self`.
+    return argument(addmm, 0, "self" if "self" in addmm.kwargs else "input")
 
 
 def _replace_argument(use: Use, new: fx.Node) -> None:

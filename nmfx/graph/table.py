@@ -65,8 +65,9 @@ def consumer_of(node: fx.Node) -> Consumer | None:
     if node.op != "call_function":
         return None
     consumer = TABLE.get(node.target)
-    if node.target is _aten.convolution.default and node.args[_TRANSPOSED_POSITION]:
-        return _CONV_TRANSPOSE
+    if node.target is _aten.convolution.default:
+        transposed = argument(node, _TRANSPOSED_POSITION, "transposed")
+        return _CONV_TRANSPOSE if transposed else _CONV
     return consumer
 
 

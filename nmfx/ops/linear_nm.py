@@ -62,9 +62,13 @@ def linear_nm(
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        input, values = input.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        input, values = _autocast(input, dtype), _autocast(values, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     return torch.ops.nmfx.linear_nm(input, values, index, bias, in_features, n, m)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # as torch does
 
 
 linear_nm.__module__ = "nmfx"  # generated code reads `nmfx_linear_nm(...)`

@@ -45,7 +45,8 @@ _library.define(
 
 def make_control(lambda_w: float, n: int, device: torch.device | str | None = None) -> Tensor:
     """The `control` tensor of `sr_ste`: float64 [lambda_W, N]. float64 holds both exactly."""
-    return torch.tensor([lambda_w, n], dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # autograd must be able to save it, wherever it was set
+        return torch.tensor([lambda_w, n], dtype=torch.float64, device=device)
 
 
 def sr_ste(weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
@@ -130,7 +131,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.nmfx.sr_ste_backward(grad, *ctx.saved_tensors, ABI), None, None, None, None
+    weight, masked, control = ctx.saved_tensors
+    # Detached, because a graph of this gradient would lead back through `masked` into this very
+    # function, with a gradient of zero, and count the decay again.
+    result = torch.ops.nmfx.sr_ste_backward(grad, weight, masked.detach(), control, ABI)
+    return result, None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,8 +145,9 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     masked, control = ctx.saved_tensors
-    lambda_w = control[0].to(grad.device, grad.dtype)
-    return grad, torch.where(masked == 0, lambda_w * grad, 0.0), None, None, None
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    scaled = (control[0].to(grad.device, wide) * grad.to(wide)).to(grad.dtype)
+    return grad, torch.where(masked == 0, scaled, 0.0), None, None, None
 
 
 torch.library.register_autograd("nmfx::sr_ste", _grad, setup_context=_save, lib=_library)
