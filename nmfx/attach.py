@@ -26,11 +26,12 @@ class Attachment:
 
     def __init__(self, refs: list[SiteRef], optimizer: torch.optim.Optimizer) -> None:
         self._refs = refs
-        self._optimizer = weakref.ref(optimizer)
         for ref in refs:
             ref.site.attached = self
             ref.refresh_control()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        # Without this, an optimizer that is thrown away would take the decay with it.
+        weakref.finalize(optimizer, self.remove).atexit = False
 
     @property
     def parameters(self) -> list[str]:
@@ -102,7 +103,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     optimizer does not own keep their decay inside backward. Copies of the model (deepcopy, pickle)
     are not attached.
 
-    Attaching again, to this or another optimizer, replaces the earlier attachment.
+    Attaching again, to this or another optimizer, replaces the earlier attachment. When the
+    optimizer is deleted, the decay moves back inside backward.
 
     Args:
         model: a sparsified model.

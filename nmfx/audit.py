@@ -41,7 +41,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
     for ref in refs:
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to run")
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     audit = _Audit(refs)
     try:
         with torch.random.fork_rng():
@@ -49,10 +50,12 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
                 with torch.set_grad_enabled(grad), audit:
                     model(*args, **kwargs)
     finally:
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for buffer, value in buffers:
+                buffer.copy_(value)
     return dict(audit.found)
 
 

@@ -128,22 +128,29 @@ def _outcome(candidate: Candidate, ref: SiteRef | None) -> Pattern | str:
     if ref is None and candidate.obstacle is not None:
         return candidate.obstacle
     if candidate.kind not in ("linear", "addmm"):
-        return f"{candidate.kind} has no packed kernel yet; folded"
+        return _dense(candidate, ref, f"{candidate.kind} has no packed kernel yet")
     if candidate.capture == "scoped":
-        return "its weight is not read by a traced linear; folded"
+        return _dense(candidate, ref, "its weight is not read by a traced linear")
     weight = get_path(candidate.host, candidate.path)
     if weight.is_meta:
         raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
     pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern
     if pattern is None:
-        return candidate.host.__dict__.get(SKIPPED, {}).get(
-            candidate.path, "its weight satisfies no N:M pattern that would make it smaller"
-        )
+        smaller = "its weight satisfies no N:M pattern that would make it smaller"
+        return _dense(candidate, ref, smaller)
     rows = weight.shape[1 - candidate.dim]
     itemsize = weight.dtype.itemsize
     if packed_bytes(rows, candidate.reduced, pattern, itemsize) >= weight.numel() * itemsize:
-        return f"packed as {pattern} it would not be smaller; folded"
-    return _unpackable_graph(candidate, ref) or pattern
+        return _dense(candidate, ref, f"packed as {pattern} it would not be smaller")
+    reason = _unpackable_graph(candidate, ref)
+    return pattern if reason is None else _dense(candidate, ref, reason)
+
+
+def _dense(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
+    """The reason for the report; a layer that was never sparsified keeps the one it has."""
+    if ref is not None:
+        return f"{reason}; folded"
+    return candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, reason)
 
 
 def _unpackable_graph(candidate: Candidate, ref: SiteRef | None) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -86,13 +87,13 @@ class Report:
             table.add_column(name, justify="right" if name == "bytes" else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(
-                row.fqn,
+                escape(row.fqn),  # globs and names may look like rich's markup: [a-z]
                 row.kind,
                 "x".join(map(str, row.shape)),
                 "-" if row.pattern is None else row.pattern.text,
                 row.state,
                 f"{row.bytes:,}",
-                row.reason,
+                escape(row.reason),
             )
         return table
 

@@ -114,7 +114,7 @@ def _check_existing(decisions: list[Decision]) -> None:
         site, pattern = decision.candidate.site, decision.pattern
         if site is not None and pattern is not None and site.pattern != pattern:
             raise NMError(
-                f"{decision.candidate.module_name}: it is {site.pattern} already, not "
+                f"{decision.candidate.module_name or 'model'}: it is {site.pattern} already, not "
                 f"{pattern}; use nmfx.set_pattern to change it"
             )
 

@@ -219,7 +219,13 @@ def sites_of(model: nn.Module, verb: str) -> list[SiteRef]:
     """
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.{verb} takes an nn.Module, got {type(model).__name__}")
-    refs = [ref for ref in iter_sites(model) if ref.site.state != "packed"]
+    found = list(iter_sites(model))
+    refs = [ref for ref in found if ref.site.state != "packed"]
+    if found and not refs:
+        raise NMError(
+            f"nmfx.{verb}: {type(model).__name__} is lowered, and packed layers have no dense "
+            f"weight; call it on the model that nmfx.lower was given"
+        )
     if not refs:
         raise NMError(
             f"nmfx.{verb}: {type(model).__name__} has no sparsified layer; "

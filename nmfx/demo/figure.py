@@ -38,7 +38,9 @@ def draw(study: Study, path: Path) -> None:
         if row.pattern:
             _line(flips, row, [_thin(result.flips) for result in row.results])
     plan = study.plan
-    figure.suptitle(f"digits, MLP 64-128-128-10: mean of {plan.seeds} seeds, band: +- 1 std")
+    figure.suptitle(
+        f"digits, MLP 64-128-128-10: mean of {plan.seeds} seeds, band: ± 1 standard deviation"
+    )
     accuracy.set(title="Test accuracy", xlabel="step", ylabel="accuracy on augmented images (%)")
     flips.set(
         title=f"Mask flips (measured every {FLIPS_EVERY}th step)",
@@ -63,7 +65,9 @@ def _line(axes: Axes, row: Row, curves: Sequence[Sequence[tuple[int, float]]]) -
     axes.plot(steps, mean, style, color=colour, label=label)
     if len(values) > 1:
         deviation = values.std(0)
-        axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
+        )
 
 
 def _thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

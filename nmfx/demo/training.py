@@ -107,7 +107,7 @@ class _Meter:
         self.model, self.run = model, run
         self.accuracy: list[tuple[int, float]] = []
         self.flips: list[tuple[int, float]] = []
-        self.evaluate_every = max(1, run.steps // EVALUATIONS)
+        self.evaluate_every = max(FLIPS_EVERY, run.steps // EVALUATIONS)
         self.first = self._masks()
         self.before = self.first
 

@@ -224,7 +224,9 @@ def _install_decompositions() -> str | None:
     except ImportError as error:  # private modules: they may move
         return f"torch {torch.__version__} has no {error.name}; nmfx::sr_ste compiles unfused"
 
-    region = [1 << 20]  # ids of recomputation regions; torch counts its own from 0
+    # One recomputation region for all weights (torch counts its own from 0): with one for each,
+    # the constants that several weights share would be saved as a boundary between regions.
+    region = 1 << 20
 
     def decompose(formula: Any, recompute: bool) -> Any:
         def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -235,9 +237,8 @@ def _install_decompositions() -> str | None:
             meta = traceback.current_meta
             tag = recompute and meta.get("recompute") is None
             if tag:
-                region[0] += 1
                 meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-                meta["ac_graph_id"] = region[0]
+                meta["ac_graph_id"] = region
             try:
                 with mode:
                     return formula(*args, **(kwargs or {}))
