@@ -47,6 +47,10 @@ _SLOW = (
     "packed layers run the reference kernel in plain torch, which unpacks the weight on every "
     "call: smaller than dense, and slower. Nothing was timed."
 )
+_NOTHING_PACKED = (
+    "nothing was packed: the N:M layers of this model have no packed kernel yet, so they are "
+    "folded (dense, with exact zeros)."
+)
 
 
 def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:
@@ -68,7 +72,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False
         The lowered model: a deep copy, or `model`.
 
     Raises:
-        NMError: no layer can be packed, a weight on the meta device, or outputs that differ.
+        NMError: no weight is N:M sparse, a weight on the meta device, or outputs that differ.
             Nothing is changed then.
     """
     calls = parse_calls(example_inputs)
@@ -88,7 +92,7 @@ def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False
     install_guards(model, {entry.candidate.host for entry in plan})
     for candidate, reason in dense:
         candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
-    model.__dict__[NOTES] = (_SLOW,)
+    model.__dict__[NOTES] = (_SLOW if plan else _NOTHING_PACKED,)
     return model
 
 
@@ -102,52 +106,64 @@ class _Entry:
 
 
 def _plan(model: nn.Module) -> tuple[list[_Entry], list[tuple[Candidate, str]]]:
-    """(layers to pack, layers that stay dense with the reason); changes nothing."""
+    """(layers to pack, layers that stay dense with the reason); changes nothing.
+
+    Raises:
+        NMError: no weight of the model is N:M sparse.
+    """
     refs = {ref.name: ref for ref in iter_sites(model)}
     plan: list[_Entry] = []
     dense: list[tuple[Candidate, str]] = []
+    any_sparse = False
     for candidate in find_candidates(model):
         ref = refs.get(candidate.name)
         if ref is not None and ref.site.state == "packed":
             continue
-        outcome = _outcome(candidate, ref)
-        if isinstance(outcome, Pattern):
-            plan.append(_Entry(candidate, outcome, ref))
+        pattern, reason = _outcome(candidate, ref)
+        any_sparse |= pattern is not None
+        if pattern is not None and reason is None:
+            plan.append(_Entry(candidate, pattern, ref))
         else:
-            dense.append((candidate, outcome))
-    if not plan:
+            assert reason is not None
+            dense.append((candidate, _for_report(candidate, ref, reason)))
+    if not any_sparse:
+        name = type(model).__name__
         raise NMError(
-            f"nmfx.lower: {type(model).__name__} has no linear layer to pack"
+            f"nmfx.lower: no weight of {name} is N:M sparse"
             + (f"; the first of {len(dense)}, {dense[0][0].name}: {dense[0][1]}" if dense else "")
         )
     return plan, dense
 
 
-def _outcome(candidate: Candidate, ref: SiteRef | None) -> Pattern | str:
-    """The pattern to pack a layer with, or why it stays dense."""
+def _outcome(candidate: Candidate, ref: SiteRef | None) -> tuple[Pattern | None, str | None]:
+    """(the pattern of a layer or None, why it stays dense or None)."""
     if ref is None and candidate.obstacle is not None:
-        return candidate.obstacle
-    if candidate.kind not in ("linear", "addmm"):
-        return _dense(candidate, ref, f"{candidate.kind} has no packed kernel yet")
-    if candidate.capture == "scoped":
-        return _dense(candidate, ref, "its weight is not read by a traced linear")
+        return None, candidate.obstacle
     weight = get_path(candidate.host, candidate.path)
     if weight.is_meta:
         raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
     pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern
     if pattern is None:
-        smaller = "its weight satisfies no N:M pattern that would make it smaller"
-        return _dense(candidate, ref, smaller)
+        return None, "its weight satisfies no N:M pattern that would make it smaller"
+    return pattern, _obstacle_to_packing(candidate, ref, pattern, weight)
+
+
+def _obstacle_to_packing(
+    candidate: Candidate, ref: SiteRef | None, pattern: Pattern, weight: Tensor
+) -> str | None:
+    if candidate.kind not in ("linear", "addmm"):
+        return f"{candidate.kind} has no packed kernel yet"
+    if candidate.capture == "scoped":
+        return "its weight is not read by a traced linear"
     rows = weight.shape[1 - candidate.dim]
     itemsize = weight.dtype.itemsize
     if packed_bytes(rows, candidate.reduced, pattern, itemsize) >= weight.numel() * itemsize:
-        return _dense(candidate, ref, f"packed as {pattern} it would not be smaller")
-    reason = _unpackable_graph(candidate, ref)
-    return pattern if reason is None else _dense(candidate, ref, reason)
+        return f"packed as {pattern} it would not be smaller"
+    return _unpackable_graph(candidate, ref)
 
 
-def _dense(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
-    """The reason for the report; a layer that was never sparsified keeps the one it has."""
+def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
+    """A layer that was never sparsified keeps the reason it has."""
     if ref is not None:
         return f"{reason}; folded"
     return candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, reason)

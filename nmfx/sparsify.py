@@ -23,7 +23,9 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
 
     In place; parameters, state_dict keys, hooks and `isinstance` stay as they are. Train as
     before: the mask follows the weights at every forward, and the gradient of a weight is
-    `g + lambda_w * (1 - mask) * weight` (SR-STE), in train and eval mode alike.
+    `g + lambda_w * (1 - mask) * weight` (SR-STE), in train and eval mode alike. The decay counts
+    once per use of a layer: twice for a module that is called twice (but once for a weight that
+    one fx graph uses twice, which has one sr_ste node). `nmfx.attach` makes it once per step.
 
     Args:
         model: any `nn.Module` or `fx.GraphModule`.

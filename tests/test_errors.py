@@ -321,7 +321,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "dense lower": (
         Net,
         nmfx.lower,
-        "nmfx.lower: Net has no linear layer to pack; the first of 4, body.0.weight: its weight "
+        "nmfx.lower: no weight of Net is N:M sparse; the first of 4, body.0.weight: its weight "
         "satisfies no N:M pattern that would make it smaller",
     ),
     # set_pattern
@@ -419,7 +419,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "lower twice": (
         lowered,
         nmfx.lower,
-        "nmfx.lower: Net has no linear layer to pack; the first of 2, odd.weight: in_features=6 is "
+        "nmfx.lower: no weight of Net is N:M sparse; the first of 2, odd.weight: in_features=6 is "
         "not a multiple of 4, so 1:4 groups would straddle rows",
     ),
     "unsparsify lowered": (

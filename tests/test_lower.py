@@ -446,8 +446,8 @@ def test_partly_dense_models_without_a_sparsified_layer_say_why() -> None:
     with pytest.raises(nmfx.NMError) as error:
         nmfx.lower(model)
     assert str(error.value) == (
-        "nmfx.lower: Sequential has no linear layer to pack; the first of 2, 0.weight: "
-        "conv has no packed kernel yet"
+        "nmfx.lower: no weight of Sequential is N:M sparse; the first of 2, 0.weight: "
+        "its weight satisfies no N:M pattern that would make it smaller"
     )
 
 

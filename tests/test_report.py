@@ -79,7 +79,10 @@ def test_table_of_a_lowered_model() -> None:
 
 def test_rows_hold_every_field() -> None:
     model = nmfx.sparsify(Net(), {"fc": "1:4", "attention.out_proj": "2:4"}, lambda_w=0.5)
-    nmfx.attach(model, torch.optim.SGD(model.fc.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(
+        model.fc.parameters(), lr=0.1
+    )  # the decay is its as long as it lives
+    nmfx.attach(model, optimizer)
     rows = {row.fqn: row for row in nmfx.report(model)}
     assert rows["fc.weight"] == Row(
         fqn="fc.weight",
