@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from .calls import compare_outputs, evaluation_mode, parse_calls
 from .capture.candidates import Candidate, find_candidates
 from .capture.graph_module import find_graph_uses, masked_uses
-from .capture.install import check_classes, install_guards, refresh
+from .capture.install import check_classes, refresh
 from .capture.leaf import trace_leaf
 from .capture.site import (
     HOLDER,
@@ -89,7 +89,6 @@ def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False
             for number, (args, kwargs) in enumerate(calls):
                 compare_outputs(expected[number], model(*args, **kwargs), number)
     bake(model)
-    install_guards(model, {entry.candidate.host for entry in plan})
     for candidate, reason in dense:
         candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
     model.__dict__[NOTES] = (_SLOW if plan else _NOTHING_PACKED,)

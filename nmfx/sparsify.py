@@ -10,7 +10,17 @@ from torch import fx, nn
 from .capture.candidates import Candidate, find_candidates
 from .capture.graph_module import rewrite_graph
 from .capture.install import check_classes, class_for, install_guards, remove
-from .capture.site import HOLDER, SITES, SKIPPED, Holder, Site, add_sites, get_path, holder_of
+from .capture.site import (
+    HOLDER,
+    SITES,
+    SKIPPED,
+    Holder,
+    Site,
+    add_sites,
+    get_path,
+    holder_of,
+    iter_sites,
+)
 from .errors import NMError
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
 
@@ -102,6 +112,7 @@ def restore(model: nn.Module) -> None:
     for module in list(model.modules()):
         remove(module)
         module.__dict__.pop(SKIPPED, None)
+    install_guards(model, {ref.host for ref in iter_sites(model)})  # over packed layers
 
 
 def _check_model(model: nn.Module) -> None:

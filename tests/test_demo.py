@@ -267,3 +267,19 @@ def test_picture_of_one_seed_without_flips_at_the_end(suffix, tmp_path):
     path = tmp_path / f"picture.{suffix}"
     figure.draw(replace(study, rows=rows), path)
     assert path.stat().st_size > 1000
+
+
+def test_bands_stay_above_zero_on_the_log_axis():
+    study = made_up_study()
+    rows = []
+    for row in study.rows:
+        # One seed flips nothing at step 40: there the deviation is larger than the mean.
+        last = [[(20, 2e-3), (40, rate)] for rate in (0.0, 1e-3)]
+        pairs = zip(row.results, last, strict=True)
+        rows.append(replace(row, results=[replace(one, flips=flips) for one, flips in pairs]))
+    accuracy, flips = figure.make_figure(replace(study, rows=rows)).axes
+    assert (len(accuracy.lines), len(flips.lines)) == (5, 4)
+    assert flips.get_yscale() == "log"
+    for band in flips.collections:
+        for path in band.get_paths():
+            assert path.vertices[:, 1].min() > 0, path.vertices

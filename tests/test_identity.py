@@ -302,6 +302,22 @@ def test_copies_keep_their_state(dense: Net, state: str) -> None:
         assert str(nmfx.report(twin)) == str(nmfx.report(net)), "reasons are lost"
 
 
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_of_an_attached_layer_decay_inside_backward(duplicate: Any) -> None:
+    layer = nmfx.sparsify(nn.Linear(8, 8), "2:4", lambda_w=0.5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)  # kept: an attachment is weak
+    nmfx.attach(layer, optimizer)
+    twin = duplicate(layer)
+    (row,) = nmfx.report(twin)
+    assert (row.attached, row.lambda_w) == (False, 0.5)
+    assert [c.tolist() for c in controls(twin)] == [[0.5, 2.0]]
+    assert [c.tolist() for c in controls(layer)] == [[0.0, 2.0]]
+    nmfx.set_pattern(twin, "1:4")
+    assert nmfx.report(layer).rows[0].pattern == nmfx.Pattern(2, 4)
+
+
 _LOADER = """
 import sys, torch
 torch.set_num_threads(1)

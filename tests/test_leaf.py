@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -360,6 +361,19 @@ class BranchesInParent(BranchesInMethod):
         return super().before(x) + 1
 
 
+class AsksInMethod(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.before(x))
+
+    def before(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        return x * 2 if extra is None else x + extra
+
+
+class AsksInParent(AsksInMethod):
+    def before(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        return super().before(x, extra) + 1
+
+
 class ReadsGlobal(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x * SCALE)
@@ -451,7 +465,17 @@ def test_a_subclass_that_calls_its_layer_twice_has_one_node() -> None:
 
 
 SCOPED = [
-    *(Branches, AsksNone, Loops, BranchesInMethod, BranchesInParent, ReadsGlobal, CallsHelper),
+    *(
+        Branches,
+        AsksNone,
+        Loops,
+        BranchesInMethod,
+        BranchesInParent,
+        AsksInMethod,
+        AsksInParent,
+        ReadsGlobal,
+        CallsHelper,
+    ),
     *(Prints, Counts, Variadic, ReadsWeight, Product),
 ]
 
@@ -524,7 +548,7 @@ class WithLock(nn.Linear):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.resource = iter(())
+        self.resource = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "resource"}

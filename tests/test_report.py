@@ -245,6 +245,9 @@ def test_reasons_of_an_earlier_call_are_replaced() -> None:
     nmfx.sparsify(model, {"conv": None, "*": "2:4"})
     reasons = {r.fqn: r.reason for r in nmfx.report(model)}
     assert reasons["conv.weight"] == "kept dense by rule 'conv'"
+    nmfx.sparsify(model, {"conv": "1:4"})
+    rows = {r.fqn: r for r in nmfx.report(model)}
+    assert (rows["conv.weight"].state, rows["conv.weight"].reason) == ("sparse", "")
     nmfx.unsparsify(model)
     reasons = {r.fqn: r.reason for r in nmfx.report(model)}
     assert reasons["conv.weight"] == "not sparsified"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -203,10 +204,9 @@ def test_encoder_equals_the_masked_one(
         expected = reference(x, src_key_padding_mask=padding)
         actual = module(x, src_key_padding_mask=padding)
         plain = dense(x, src_key_padding_mask=padding)
-    # What torch puts in padded places depends on the path it takes: zeros in nested tensors.
-    real = slice(None) if padding is None else ~padding
-    torch.testing.assert_close(actual[real], expected[real], **CLOSE)
-    assert not torch.allclose(actual[real], plain[real]), "nothing was masked"
+    # In padded places too: torch's nested tensors leave zeros there, its other paths do not.
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert not torch.allclose(actual, plain), "nothing was masked"
     assert not nmfx.verify(module, x, src_key_padding_mask=padding)
 
 
@@ -246,6 +246,35 @@ def test_encoder_copies_keep_their_guard() -> None:
     with torch.no_grad():
         assert torch.equal(twin(x), module(x))
     assert not nmfx.verify(twin, x)
+
+
+@pytest.mark.parametrize("rules", ["second_layer", "feed_forward"])
+def test_a_lowered_encoder_takes_padding_and_keeps_its_guard(rules: str) -> None:
+    module = nmfx.sparsify(encoder().eval(), dict.fromkeys(RULES[rules], "1:4"))
+    x = torch.randn(3, 4, 8)
+    call = {"src": x, "src_key_padding_mask": PADDING}
+    lowered = nmfx.lower(module, call)
+    nmfx.lower(nmfx.fold(module), call)
+    assert "packed" in {row.state for row in nmfx.report(lowered)}
+    folded = nmfx.fold(module)
+    for twin in (lowered, copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in lowered.modules()]
+        with torch.no_grad():
+            expected = folded(x, src_key_padding_mask=PADDING)
+            actual = twin(x, src_key_padding_mask=PADDING)
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        assert not actual[PADDING].any(), "torch fills padded places with zeros"
+
+
+def test_packed_layers_keep_their_guard_when_the_rest_is_folded() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer = nmfx.lower(nmfx.sparsify(layer, {"linear?": "1:4"}))
+    nmfx.sparsify(layer, {"self_attn": "2:4"})
+    nmfx.fold(layer, inplace=True)
+    with torch.no_grad(), Operators() as seen:
+        layer(torch.randn(2, 4, 8))
+    assert "nmfx::linear_nm" in seen.names, "the fused path reads unpacked weights"
+    assert "aten::_transformer_encoder_layer_fwd" not in seen.names
 
 
 def test_folded_encoder_takes_the_fast_path_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import nmfx
+from nmfx.capture.generate import generated_class
 from nmfx.capture.tracer import ThreadAwareTracer
 
 
@@ -100,6 +102,24 @@ def test_a_module_that_another_thread_runs_is_not_recorded() -> None:
     assert torch.equal(results[0], expected)
 
 
+def test_the_traced_model_itself_runs_in_another_thread() -> None:
+    """Reading its parameters gives this thread tensors, and the tracing one proxies."""
+    results: list[Any] = []
+    x = torch.randn(2, 8)
+
+    def during() -> None:
+        thread = threading.Thread(target=lambda: results.append(model.fc(x)))
+        thread.start()
+        thread.join()
+
+    model = Meets(during)
+    expected = model.fc(x)
+    graph = ThreadAwareTracer().trace(model)
+    assert [node.op for node in graph.nodes] == ["placeholder", *["call_module"] * 2, "output"]
+    assert type(results[0]) is Tensor
+    assert torch.equal(results[0], expected)
+
+
 def test_two_traces_wait_for_each_other() -> None:
     order: list[str] = []
 
@@ -165,6 +185,23 @@ def test_threads_sparsify_their_own_models_while_others_run() -> None:
             done.set()
 
     together(jobs, run)
+
+
+def test_a_class_is_made_once_when_threads_ask_in_the_middle_of_its_making() -> None:
+    made: list[type] = []
+
+    def forward() -> Callable[..., Any]:
+        made.append(nn.Linear)
+        time.sleep(0.05)
+        return nn.Linear.forward
+
+    def make() -> None:
+        classes.append(generated_class(nn.Linear, ("test of threads",), forward))
+
+    classes: list[type] = []
+    together(make, make, make)
+    assert len(made) == 1
+    assert len(set(classes)) == 1
 
 
 def test_one_class_is_made_when_threads_ask_at_once() -> None:

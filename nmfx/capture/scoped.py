@@ -30,8 +30,6 @@ from .site import Site, control_name, get_path, mask_name
 # Class attribute overrides that make a parent call its children.
 GUARDS: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": property(lambda self: 0)},
-    # Nested tensors are made for the fused path of its layers, and their plain path rejects them.
-    nn.TransformerEncoder: {"use_nested_tensor": property(lambda self: False)},
 }
 
 _ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

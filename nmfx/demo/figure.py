@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from .training import FLIPS_EVERY
 
 # Colour tells the pattern, the line tells the method; the pair is readable without colour vision.
 COLOURS = {None: "#444444", "2:4": "#0072b2", "1:16": "#d55e00"}
-POINTS = 30  # points of a flips line; each is a mean over neighbouring measurements
+POINTS = 25  # points of a flips line, each a mean over neighbouring measurements
 
 
 def check_path(path: Path) -> str | None:
@@ -31,6 +32,11 @@ def check_path(path: Path) -> str | None:
 
 def draw(study: Study, path: Path) -> None:
     """Writes the picture to `path`; the suffix chooses the format (png, svg, pdf)."""
+    make_figure(study).savefig(path, dpi=150)
+
+
+def make_figure(study: Study) -> Figure:
+    """Two panels: accuracy, and flips on a log scale; one line per method."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     accuracy, flips = figure.subplots(1, 2)
     for row in study.rows:
@@ -43,7 +49,7 @@ def draw(study: Study, path: Path) -> None:
     )
     accuracy.set(title="Test accuracy", xlabel="step", ylabel="accuracy on augmented images (%)")
     flips.set(
-        title=f"Mask flips (measured every {FLIPS_EVERY}th step)",
+        title=f"Mask flips (each {FLIPS_EVERY}th step, neighbours averaged)",
         xlabel="step",
         ylabel="share of weights flipped by one step",
     )
@@ -53,7 +59,7 @@ def draw(study: Study, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _line(axes: Axes, row: Row, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
@@ -64,15 +70,14 @@ def _line(axes: Axes, row: Row, curves: Sequence[Sequence[tuple[int, float]]]) -
     mean, colour = values.mean(0), COLOURS[row.pattern]
     axes.plot(steps, mean, style, color=colour, label=label)
     if len(values) > 1:
-        deviation = values.std(0)
-        axes.fill_between(
-            steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
-        )
+        low, high = mean - values.std(0), mean + values.std(0)
+        # A log axis shows nothing at or below zero; a polygon that goes there would be torn.
+        axes.fill_between(steps, low, high, where=low > 0, color=colour, alpha=0.15, linewidth=0)
 
 
 def _thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Means over `POINTS` runs of neighbouring points: single steps flip few weights."""
-    size = max(1, len(curve) // POINTS)
+    size = math.ceil(len(curve) / POINTS)
     return [_centre(torch.tensor(curve[i : i + size])) for i in range(0, len(curve), size)]
 
 

@@ -46,7 +46,7 @@ def _cells(row: Row) -> list[str]:
 def legend(study: Study) -> list[str]:
     """What the columns are."""
     return [
-        "accuracy  on augmented test images, mean +- standard deviation over seeds "
+        "accuracy  on augmented test images, mean +- standard deviation over "
         + _seeds(study.plan.shown),
         f"flips     share of mask entries changed by one step, mean over each {FLIPS_EVERY}th step",
         "SAD       share of mask entries that differ between the first and the last step",
@@ -57,9 +57,7 @@ def legend(study: Study) -> list[str]:
 def selection_lines(study: Study) -> list[str]:
     """How lambda_W was chosen, one line per pattern, with the accuracies it was chosen by."""
     seeds = _seeds(study.plan.selection)
-    lines = [
-        f"lambda_W was chosen by accuracy on validation images, seeds {seeds}, not shown above:"
-    ]
+    lines = [f"lambda_W was chosen by accuracy on validation images, {seeds}, not shown above:"]
     for pattern in PATTERNS:
         tried = (
             f"{value:g} -> {study.validation[pattern, value]:.2f} %" for value in study.plan.grid
@@ -103,4 +101,4 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def _seeds(seeds: range) -> str:
-    return f"{seeds[0]}..{seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    return f"seeds {seeds[0]}..{seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"

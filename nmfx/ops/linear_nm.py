@@ -59,6 +59,10 @@ def linear_nm(
     tensors = (input, values, index, bias)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(linear_nm, tensors, *tensors, in_features, n, m)
+    if input.is_nested:  # nn.TransformerEncoder makes these from a padding mask
+        parts = input.unbind()
+        flat = linear_nm(torch.cat(parts), values, index, bias, in_features, n, m)
+        return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
