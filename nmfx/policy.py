@@ -151,7 +151,9 @@ def _check_rules(model: nn.Module, candidates: list[Candidate], rules: list[Rule
                 f"rule {rule.glob!r} matches no module of {type(model).__name__}; "
                 f"print(nmfx.report(model)) lists the layers"
             )
-        if rule.exact and rule.pattern is not None and rule.glob not in layers:
+        # None for a container would silently leave out nothing; for an embedding, say, it is true.
+        below = any(name.startswith(f"{rule.glob}." if rule.glob else "") for name in layers)
+        if rule.exact and rule.glob not in layers and (below or rule.pattern is not None):
             raise NMError(
                 f"rule {rule.glob!r} names a {type(model.get_submodule(rule.glob)).__name__}, "
                 f"which is no linear or conv layer; for all layers below it write "

@@ -456,3 +456,15 @@ def test_n_equal_to_m_is_the_identity() -> None:
     assert torch.equal(layer(x), expected)
     layer(x).square().sum().backward()
     assert nmfx.masks(layer)["weight"].all()
+
+
+def test_none_for_a_container_is_refused_because_it_would_leave_out_nothing() -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8)), "table": nn.Embedding(8, 8)})
+    with pytest.raises(nmfx.NMError) as error:
+        nmfx.sparsify(model, {"body": None, "*": "2:4"})
+    assert str(error.value) == (
+        "rule 'body' names a Sequential, which is no linear or conv layer; for all layers below it "
+        "write 'body.*'"
+    )
+    nmfx.sparsify(model, {"table": None, "*": "2:4"})  # nothing below it: what it says is true
+    assert [row.state for row in nmfx.report(model)] == ["sparse"]
