@@ -9,7 +9,7 @@ from typing import Union
 from .errors import NMError
 
 # One group of weights is compared in registers by every kernel, and an index of a kept weight
-# has to fit one byte with room to spare: 64 covers every pattern in the literature (1:2 .. 1:32).
+# has to fit one byte with room to spare.
 MAX_M = 64
 
 # ASCII digits only: int() would also take "\uff12" (full width), "2_0", " 2 ", "+2" and "2\n".
@@ -32,7 +32,7 @@ class Pattern:
     Raises:
         NMError: ``n`` or ``m`` is not an int in range.
 
-    Reference: Zhou et al., ICLR 2021, arXiv 2102.04010, section 3.
+    Reference: Zhou et al., ICLR 2021, arXiv 2102.04010.
     """
 
     n: int

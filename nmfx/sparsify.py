@@ -24,7 +24,7 @@ from .capture.site import (
 from .errors import NMError
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
 
-# The paper's lambda_W, for every network it trains. Reference: arXiv 2102.04010, section 4.
+# The default of the SR-STE paper. Reference: arXiv 2102.04010.
 DEFAULT_LAMBDA_W = 2e-4
 
 

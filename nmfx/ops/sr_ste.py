@@ -3,7 +3,7 @@
     forward   w~ = w where the N:M mask holds, else +0.0
     backward  dL/dw = g + lambda_W * (1 - mask) * w         (g = dL/dw~, passed straight through)
 
-lambda_W = 0 is the plain straight-through estimator (STE). Reference: arXiv 2102.04010, eq. 6-9.
+lambda_W = 0 is the plain straight-through estimator (STE). Reference: arXiv 2102.04010.
 
 The schedule lives in `control`, a float64 tensor [lambda_W, N]: a compiled graph takes it as an
 input, so changing either recompiles nothing. A change *replaces* the tensor (see capture/site.py)
@@ -64,7 +64,7 @@ def sr_ste(weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
     Returns:
         A new tensor with the shape, strides and dtype of `weight`.
 
-    Reference: arXiv 2102.04010, eq. 6-9.
+    Reference: arXiv 2102.04010.
     """
     if has_torch_function_unary(weight):  # fx proxies record this call as one node
         return handle_torch_function(sr_ste, (weight,), weight, control, m, dim)
