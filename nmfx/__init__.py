@@ -14,6 +14,7 @@ from .fold import fold
 from .lower import lower
 from .mask import is_nm, nm_mask
 from .metrics import Sad, sad
+from .ops.conv_nm import conv_nm
 from .ops.keep import keep
 from .ops.linear_nm import linear_nm
 from .ops.sr_ste import sr_ste
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "Sad",
     "attach",
+    "conv_nm",
     "fold",
     "freeze",
     "is_nm",

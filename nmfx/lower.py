@@ -192,7 +192,7 @@ def _pack_layer(entry: _Entry) -> None:
     dense = weight if entry.ref is None else masked_weight(entry.ref)
     rows = dense if entry.candidate.dim == 1 else dense.t()
     values, index = pack(rows, entry.pattern)
-    if not torch.equal(as_bits(unpack(values, index, rows.shape[1], entry.pattern)), _bits(rows)):
+    if not torch.equal(as_bits(unpack(values, index, *rows.shape, entry.pattern)), _bits(rows)):
         raise AssertionError(f"{entry.candidate.name}: packing is not exact, please report this")
 
     store = _store(entry)

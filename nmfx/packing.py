@@ -1,25 +1,33 @@
 """The packed N:M format: the definition of what `nmfx.lower` stores and every packed kernel reads.
 
 A weight of shape (rows, cols), cols a multiple of M, with at most N nonzeros in each group of M
-consecutive columns, becomes two plain tensors:
+consecutive columns, becomes two plain tensors. Sixteen rows form a block (the last is filled up
+with zeros); the kept elements of a row, N per group in ascending column order, are its slots:
 
-    values  (rows, cols / M * N), dtype of the weight
-            the N kept elements of each group, in ascending column order
-    index   (rows, ceil(cols / M * N * B / 8)), uint8
-            for each value its column within the group, 0..M-1, as a field of B bits;
-            field k of a row sits in byte k*B // 8 at bit k*B % 8 (little end first);
-            the bits after the last field are 0
+    values  (blocks, slots, 16), dtype of the weight        slots = cols / M * N
+            values[b, s, lane] is slot s of row 16 b + lane
+    index   (blocks, words, 16), int32 (bits, not a number) words = ceil(slots * B / 32)
+            for each slot its column within the group, 0..M-1, as a field of B bits;
+            field k of a word belongs to slot word * 32 / B + k and sits at bit
+            16 * (k % 2) + B * (k // 2): even slots fill the low half, odd slots the high half;
+            fields after the last slot, and rows after the last row, are 0
 
-    B = 1 for M <= 2, 2 for M <= 4, 4 for M <= 16, 8 for M <= 64
+    B = 2 for M <= 4, 4 for M <= 16, 8 for M <= 64
 
-For example the 2:4 row  [0, 5, 0, 7,  1, 0, 0, 2]  is  values [5, 7, 1, 2]  and fields
-[1, 3, 0, 3], one byte 0b11_00_11_01.
+Why so: a vector of 16 lanes holds 16 output rows, so that kernels add nothing across lanes and read
+both tensors front to back; a shift by B brings the next field to the bottom of its lane; the halves
+are two 16-bit indices side by side, as the permutation of bfloat16 pairs wants them.
+
+For example the 2:4 row  [0, 5, 0, 7,  1, 0, 0, 2]  has the slots 5, 7, 1, 2 and the fields
+1, 3, 0, 3: one word, 0b0011 in the low half (slots 0 and 2), 0b1111 in the high half (1 and 3).
 
 Where a group has fewer than N nonzeros, zeros are kept by the rule of `mask.py` (lowest index
 first), so packing is a function of the weight alone. Everything not kept unpacks to +0.0.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,24 +36,26 @@ from .errors import NMError
 from .mask import DTYPES, as_bits, check_groups, is_nm, nm_mask
 from .pattern import MAX_M, Pattern, PatternLike
 
+BLOCK = 16  # rows of a block
+
+Shape = tuple[int, int, int]
+
 
 def index_bits(m: int) -> int:
-    """Width in bits of one index field for groups of `m`: the least of 1, 2, 4, 8 for m - 1."""
-    return next(bits for bits in (1, 2, 4, 8) if m <= 1 << bits)
+    """Width in bits of one index field for groups of `m`: the least of 2, 4, 8 for m - 1."""
+    return next(bits for bits in (2, 4, 8) if m <= 1 << bits)
 
 
-def packed_shapes(
-    rows: int, cols: int, pattern: Pattern
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def packed_shapes(rows: int, cols: int, pattern: Pattern) -> tuple[Shape, Shape]:
     """Shapes of `values` and `index` for a weight of shape (rows, cols)."""
-    kept = cols // pattern.m * pattern.n
-    return (rows, kept), (rows, -(-kept * index_bits(pattern.m) // 8))
+    blocks, slots = -(-rows // BLOCK), cols // pattern.m * pattern.n
+    return (blocks, slots, BLOCK), (blocks, -(-slots * index_bits(pattern.m) // 32), BLOCK)
 
 
 def packed_bytes(rows: int, cols: int, pattern: Pattern, itemsize: int) -> int:
     """Bytes of a packed (rows, cols) weight whose elements take `itemsize` bytes."""
     values, index = packed_shapes(rows, cols, pattern)
-    return values[0] * values[1] * itemsize + index[0] * index[1]
+    return torch.Size(values).numel() * itemsize + torch.Size(index).numel() * 4
 
 
 def pack(weight: Tensor, pattern: PatternLike) -> tuple[Tensor, Tensor]:
@@ -75,21 +85,22 @@ def pack(weight: Tensor, pattern: PatternLike) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     mask = nm_mask(weight, pattern, 1)
     rows, cols = weight.shape
-    shape, _ = packed_shapes(rows, cols, pattern)
+    (blocks, slots, _), _ = packed_shapes(rows, cols, pattern)
     # As integers: copies of half-precision floats may rewrite the payload of a NaN.
-    values = as_bits(weight)[mask].view(shape).view(weight.dtype)
+    bits = as_bits(weight)[mask].view(rows, slots)
     column = torch.arange(cols, device=weight.device) % pattern.m
-    fields = column.to(torch.uint8).expand(rows, cols)[mask].view(shape)
-    return values, _pack_fields(fields, index_bits(pattern.m))
+    fields = column.to(torch.uint8).expand(rows, cols)[mask].view(rows, slots)
+    values = _to_blocks(bits, blocks).view(weight.dtype)
+    return values, _pack_fields(_to_blocks(fields, blocks), index_bits(pattern.m))
 
 
-def unpack(values: Tensor, index: Tensor, cols: int, pattern: PatternLike) -> Tensor:
+def unpack(values: Tensor, index: Tensor, rows: int, cols: int, pattern: PatternLike) -> Tensor:
     """The dense (rows, cols) weight of a packed one; the exact inverse of `pack`.
 
     Args:
-        values: (rows, cols / M * N), any float dtype.
-        index: (rows, ceil(cols / M * N * B / 8)), uint8.
-        cols: columns of the dense weight.
+        values: (blocks, slots, 16), any float dtype.
+        index: (blocks, words, 16), int32.
+        rows, cols: of the dense weight.
         pattern: the pattern it was packed with.
 
     Returns:
@@ -99,12 +110,50 @@ def unpack(values: Tensor, index: Tensor, cols: int, pattern: PatternLike) -> Te
     foreign tensors once with `check_packed`.
     """
     pattern = Pattern.parse(pattern)
-    rows = values.shape[0]
     groups = (rows, cols // pattern.m, pattern.n)
-    fields = _unpack_fields(index, values.shape[1], index_bits(pattern.m)).view(groups)
-    bits = as_bits(values)
+    slots = values.shape[1]
+    fields = _from_blocks(_unpack_fields(index, slots, index_bits(pattern.m)), rows)
+    bits = _from_blocks(as_bits(values), rows)
     dense = bits.new_zeros(rows, cols // pattern.m, pattern.m)
-    return dense.scatter(2, fields.long(), bits.view(groups)).view(rows, cols).view(values.dtype)
+    fields = fields.reshape(groups).long()
+    dense = dense.scatter(2, fields, bits.reshape(groups))
+    return dense.view(rows, cols).view(values.dtype)
+
+
+def pack_conv(weight: Tensor, groups: int, pattern: PatternLike) -> tuple[Tensor, Tensor]:
+    """Packs a convolution's weight along its input channels.
+
+    Its columns are (*kernel position, channel), channels fastest, so that a group is M neighbouring
+    channels at one kernel position. Each convolution group fills whole blocks of its own.
+
+    Args:
+        weight: (out_channels, channels / groups, *kernel_size).
+        groups: of the convolution.
+        pattern: the pattern that holds along dimension 1.
+
+    Returns:
+        (values, index) as from `pack`, with groups * ceil(out_channels / groups / 16) blocks.
+
+    Raises:
+        NMError: as `pack`.
+    """
+    rows = weight.movedim(1, -1).flatten(1)
+    packed = [pack(part, pattern) for part in rows.chunk(groups)]
+    values, index = (torch.cat(parts) for parts in zip(*packed, strict=True))
+    return values, index
+
+
+def unpack_conv(
+    values: Tensor, index: Tensor, shape: Sequence[int], groups: int, pattern: PatternLike
+) -> Tensor:
+    """The dense weight of `shape` (out_channels, channels / groups, *kernel_size), contiguous."""
+    rows, columns = shape[0] // groups, torch.Size(shape[1:]).numel()
+    parts = [
+        unpack(v, i, rows, columns, pattern)
+        for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True)
+    ]
+    last = torch.cat(parts).unflatten(1, (*shape[2:], shape[1]))
+    return last.movedim(-1, 1).contiguous()
 
 
 def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
@@ -132,53 +181,72 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     return best
 
 
-def check_packed(values: Tensor, index: Tensor, cols: int, pattern: PatternLike) -> None:
+def check_packed(
+    values: Tensor, index: Tensor, rows: int, cols: int, pattern: PatternLike
+) -> None:
     """Checks tensors that claim to be a packed weight, so that no kernel reads out of bounds.
 
     Raises:
-        NMError: shapes or dtypes that do not fit `cols` and `pattern`, an index outside its
-            group, indices of a group that do not increase, or bits set after the last field.
+        NMError: shapes or dtypes that do not fit `rows`, `cols` and `pattern`, an index outside its
+            group, indices of a group that do not increase, or anything but zeros in the fields and
+            rows that only fill up a word or a block.
     """
     pattern = Pattern.parse(pattern)
     if cols % pattern.m:
         raise NMError(f"cols={cols} is not a multiple of {pattern.m}, as {pattern} needs")
-    if values.ndim != 2 or index.ndim != 2:
-        raise NMError(f"packed tensors are 2-D, got {tuple(values.shape)}, {tuple(index.shape)}")
-    if values.dtype not in DTYPES or index.dtype != torch.uint8:
+    if values.dtype not in DTYPES or index.dtype != torch.int32:
         raise NMError(
-            f"packed values are float16, bfloat16, float32 or float64 and the index is uint8, "
+            f"packed values are float16, bfloat16, float32 or float64 and the index is int32, "
             f"got {values.dtype} and {index.dtype}"
         )
-    expected = packed_shapes(values.shape[0], cols, pattern)
+    expected = packed_shapes(rows, cols, pattern)
     if (tuple(values.shape), tuple(index.shape)) != expected:
         raise NMError(
-            f"a packed weight with {values.shape[0]} rows, {cols} columns and {pattern} has shapes "
+            f"a packed weight with {rows} rows, {cols} columns and {pattern} has shapes "
             f"{expected[0]} and {expected[1]}, got {tuple(values.shape)} and {tuple(index.shape)}"
         )
     bits = index_bits(pattern.m)
-    flat = _unpack_fields(index, values.shape[1], bits)
-    if not torch.equal(_pack_fields(flat, bits), index):
-        raise NMError("the bits after the last field of a packed index row are not 0")
-    fields = flat.unflatten(1, (-1, pattern.n))
-    if (fields >= pattern.m).any():
-        raise NMError(f"a packed index is {int(fields.max())}, outside its group of {pattern.m}")
-    if (fields[..., 1:] <= fields[..., :-1]).any():
+    fields = _unpack_fields(index, values.shape[1], bits)
+    if not torch.equal(_pack_fields(fields, bits), index):
+        raise NMError("the bits after the last field of a packed index are not 0")
+    padding = rows - values.shape[0] * BLOCK
+    if padding and (fields[-1, :, padding:].any() or as_bits(values)[-1, :, padding:].any()):
+        raise NMError(f"the rows after the last of {rows} in a packed weight are not 0")
+    flat = _from_blocks(fields, rows).unflatten(1, (-1, pattern.n)) if fields.numel() else fields
+    if (flat >= pattern.m).any():
+        raise NMError(f"a packed index is {int(flat.max())}, outside its group of {pattern.m}")
+    if (flat[..., 1:] <= flat[..., :-1]).any():
         raise NMError("the packed indices of a group do not increase")
 
 
+def _to_blocks(slots_of_rows: Tensor, blocks: int) -> Tensor:
+    """(rows, slots) -> (blocks, slots, 16), filled up with zeros."""
+    rows, slots = slots_of_rows.shape
+    filled = torch.nn.functional.pad(slots_of_rows, (0, 0, 0, blocks * BLOCK - rows))
+    return filled.view(blocks, BLOCK, slots).transpose(1, 2).contiguous()
+
+
+def _from_blocks(blocked: Tensor, rows: int) -> Tensor:
+    """(blocks, slots, 16) -> (rows, slots)."""
+    return blocked.transpose(1, 2).flatten(0, 1)[:rows]
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """The bit of each field of a word, (32 / bits, 1)."""
+    k = torch.arange(32 // bits, device=device, dtype=torch.int32)
+    return (16 * (k % 2) + bits * (k // 2))[:, None]
+
+
 def _pack_fields(fields: Tensor, bits: int) -> Tensor:
-    """(rows, k) uint8 fields -> (rows, ceil(k * bits / 8)) uint8, little end first."""
-    per_byte = 8 // bits
-    padding = -fields.shape[1] % per_byte
-    fields = torch.nn.functional.pad(fields, (0, padding)).unflatten(1, (-1, per_byte))
-    packed = fields[..., 0].clone()
-    for slot in range(1, per_byte):
-        packed |= fields[..., slot] << (slot * bits)
-    return packed
+    """(blocks, slots, 16) uint8 fields -> (blocks, words, 16) int32."""
+    per_word = 32 // bits
+    padding = -fields.shape[1] % per_word
+    fields = torch.nn.functional.pad(fields, (0, 0, 0, padding)).unflatten(1, (-1, per_word))
+    # Fields do not overlap, so the sum is the union; it wraps like the bits of the word.
+    return (fields.int() << _shifts(bits, fields.device)).sum(2, dtype=torch.int32)
 
 
-def _unpack_fields(index: Tensor, count: int, bits: int) -> Tensor:
-    """(rows, ceil(count * bits / 8)) uint8 -> (rows, count) uint8."""
-    per_byte = 8 // bits
-    slots = [(index >> (slot * bits)) & ((1 << bits) - 1) for slot in range(per_byte)]
-    return torch.stack(slots, dim=-1).flatten(1)[:, :count]
+def _unpack_fields(index: Tensor, slots: int, bits: int) -> Tensor:
+    """(blocks, words, 16) int32 -> (blocks, slots, 16) uint8."""
+    fields = (index[:, :, None] >> _shifts(bits, index.device)) & ((1 << bits) - 1)
+    return fields.to(torch.uint8).flatten(1, 2)[:, :slots]

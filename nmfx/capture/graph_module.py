@@ -23,7 +23,7 @@ from ..graph.rewrite import (
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
-from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, packed_names
+from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, matrix_shape, packed_names
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -88,7 +88,7 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
         if site.state == "packed":
             values, index = packed_names(site.path)
             replace_with_linear_nm(
-                gm.graph, uses, values, index, site.shape[site.dim], site.pattern
+                gm.graph, uses, values, index, matrix_shape(site), site.pattern
             )
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")

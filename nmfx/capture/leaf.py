@@ -15,7 +15,7 @@ from ..graph.rewrite import (
 )
 from ..packing import unpack
 from .generate import base_class, compile_forward, generated_class
-from .site import SITES, Site, control_name, mask_name, packed_names
+from .site import SITES, Site, control_name, mask_name, matrix_shape, packed_names
 from .tracer import Untraceable, trace_late_bound
 
 WEIGHT = "weight"
@@ -51,7 +51,7 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
     if site.state == "packed":
         replace_with_linear_nm(
-            graph, uses, *packed_names(WEIGHT), site.shape[site.dim], site.pattern
+            graph, uses, *packed_names(WEIGHT), matrix_shape(site), site.pattern
         )
         members["weight"] = property(_unpacked_weight)
     elif site.state == "frozen":
@@ -71,5 +71,5 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
 def _unpacked_weight(self: Any) -> Tensor:
     """The dense weight of a packed layer, for code that reads it; made anew on every access."""
     site = self.__dict__[SITES][0]
-    dense = unpack(self.weight_values, self.weight_index, site.shape[site.dim], site.pattern)
+    dense = unpack(self.weight_values, self.weight_index, *matrix_shape(site), site.pattern)
     return dense if site.dim == 1 else dense.t()

@@ -133,6 +133,11 @@ def packed_names(path: str) -> tuple[str, str]:
     return f"{path}_values", f"{path}_index"
 
 
+def matrix_shape(site: Site) -> tuple[int, int]:
+    """(out_features, in_features) of a linear weight, whichever way it lies."""
+    return site.shape[1 - site.dim], site.shape[site.dim]
+
+
 def get_path(module: nn.Module, path: str) -> Any:
     """`module.a.b` for path "a.b"."""
     for name in path.split("."):

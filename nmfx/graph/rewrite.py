@@ -6,7 +6,7 @@
     keep        the same, with nmfx_keep(weight, mask): the mask is fixed
 
     packed      linear(x, weight, bias)              becomes
-                nmfx_linear_nm(x, values, index, bias, in_features, n, m)
+                nmfx_linear_nm(x, values, index, bias, out_features, in_features, n, m)
 
 Requires: weights reach their consumers straight from a placeholder or get_attr node.
 Ensures: consumers outside the table, and nodes that are no consumers, are left as they were.
@@ -93,11 +93,12 @@ def replace_with_linear_nm(
     uses: Iterable[Use],
     values: str,
     index: str,
-    in_features: int,
+    shape: tuple[int, int],
     pattern: Pattern,
 ) -> None:
     """Replaces linear and addmm consumers of a weight by linear_nm on packed attributes.
 
+    `shape` is (out_features, in_features), whichever way the dense weight lies.
     `addmm` is taken as (bias, input, weight) with alpha = beta = 1: check with `can_pack`.
     """
     for use in uses:
@@ -110,7 +111,7 @@ def replace_with_linear_nm(
         with graph.inserting_before(node):
             packed = [graph.create_node("get_attr", name) for name in (values, index)]
             call = graph.call_function(
-                linear_nm, (inputs, *packed, bias, in_features, pattern.n, pattern.m)
+                linear_nm, (inputs, *packed, bias, *shape, pattern.n, pattern.m)
             )
         node.replace_all_uses_with(call)
         graph.erase_node(node)

@@ -1,0 +1,58 @@
+// Which instruction set this machine runs, decided once.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+namespace nmfx {
+namespace {
+
+bool has(const char* name) {
+  if (!strcmp(name, "portable")) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!strcmp(name, "avx2")) return avx2;
+  if (!strcmp(name, "avx512")) return avx512;
+  if (!strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+const Isa* const kBestFirst[] = {
+#if defined(__x86_64__)
+    &isa_avx512_bf16, &isa_avx512, &isa_avx2,
+#endif
+    &isa_portable,
+};
+
+const Isa* choose() {
+  const char* pinned = getenv("NMFX_CPU_ISA");
+  if (pinned && *pinned) return isa_by_name(pinned);  // the loader and the ops refuse a null
+  for (const Isa* isa : kBestFirst)
+    if (has(isa->name)) return isa;
+  return &isa_portable;
+}
+
+}  // namespace
+
+const Isa* isa_by_name(const char* name) {
+  for (const Isa* isa : kBestFirst)
+    if (!strcmp(isa->name, name) && has(name)) return isa;
+  return nullptr;
+}
+
+static const Isa* in_use = choose();
+
+const Isa* isa_in_use() { return __atomic_load_n(&in_use, __ATOMIC_RELAXED); }
+
+bool use_isa(const char* name) {
+  const Isa* isa = isa_by_name(name);
+  if (isa) __atomic_store_n(&in_use, isa, __ATOMIC_RELAXED);
+  return isa != nullptr;
+}
+
+}  // namespace nmfx

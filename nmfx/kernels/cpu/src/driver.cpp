@@ -1,0 +1,148 @@
+// Cuts a call into pieces and runs them on torch's threads. An output element is computed by one
+// thread, in an order that depends on the call alone, so results do not depend on the threads.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+namespace nmfx {
+namespace {
+
+struct Job {
+  const Call* call;
+  const Isa* isa;
+  Tile tile;
+  void* x;  // prepared activations of the few-rows kernel
+  int64_t ldx;
+  int64_t tiles, positions_per_tile, ranges, blocks_per_range;
+  bool failed;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- few rows ------------------------------------------------------------------------------------
+
+bool takes_few(const Call& c, const Isa& isa) {
+  if (!isa.few_rows || c.input.is_conv || !isa.has_few(c.weight.n, c.weight.m, c.weight.dtype))
+    return false;
+  if(getenv("NMFX_TUNE_FEW")) return c.input.positions<atoi(getenv("NMFX_TUNE_FEW"));
+  int column = c.weight.m <= 4 ? 0 : c.weight.m <= 8 ? 1 : 2;
+  return c.input.positions < isa.panel_from[c.weight.dtype == DType::bf16][column];
+}
+
+void few_body(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const Call& c = *job.call;
+  for (int64_t i = begin; i < end;) {  // item i: tile i / blocks, block i % blocks
+    int64_t tile = i / c.weight.blocks, b0 = i % c.weight.blocks;
+    int64_t b1 = at_most(c.weight.blocks, b0 + end - i);
+    int64_t p0 = tile * job.positions_per_tile;
+    int64_t p1 = at_most(c.input.positions, p0 + job.positions_per_tile);
+    job.isa->few(c, job.x, job.ldx, p0, p1, b0, b1);
+    i += b1 - b0;
+  }
+}
+
+void few_input_body(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  job.isa->few_input(*job.call, job.x, job.ldx, begin, end);
+}
+
+bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
+  Job job = {};
+  job.call = &c;
+  job.isa = &isa;
+  job.ldx = c.weight.columns + 64;
+  job.positions_per_tile = 64;
+  job.x = malloc(size_t(c.input.positions * job.ldx) * sizeof(float));
+  if (!job.x) return false;
+  int64_t work = c.weight.slots * kBlock * c.input.positions;  // of one block, in multiply-adds
+  parallel_for(0, c.input.positions, 16, few_input_body, &job);
+  int64_t items = ceil_div(c.input.positions, job.positions_per_tile) * c.weight.blocks;
+  parallel_for(0, items, ceil_div(32768, work + 1), few_body, &job);
+  free(job.x);
+  return true;
+}
+
+// --- panels --------------------------------------------------------------------------------------
+
+// Widths the panel kernel has, in vectors.
+constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
+
+int vectors_for(int64_t positions, const Isa& isa, int widest) {
+  for (int width : kWidths)
+    if (width >= widest || positions <= int64_t(width) * isa.lanes) return width;
+  return 8;
+}
+
+// A panel of 16 KB leaves room in a first-level cache of 32 KB for weights and sums.
+Tile choose_tile(const Call& c, const Isa& isa) {
+  const Weight& w = c.weight;
+  Tile tile;
+  const char* v = getenv("NMFX_TUNE_VECTORS");
+  const char* b = getenv("NMFX_TUNE_BYTES");
+  tile.vectors = vectors_for(c.input.positions, isa, v ? atoi(v) : isa.max_vectors);
+  int64_t columns = (b ? atoi(b) : 16384) / (tile.vectors * isa.lanes * 4);
+  int64_t fields = fields_per_word(w.m);
+  int64_t slots = columns * w.n / w.m / fields * fields;
+  if (slots > 128) slots = 128 / fields * fields;
+  tile.chunk_slots = slots < fields ? fields : slots;
+  return tile;
+}
+
+void panel_body(int64_t begin, int64_t end, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const Call& c = *job.call;
+  int64_t floats = job.isa->panel_scratch(c, job.tile, job.blocks_per_range);
+  void* scratch = nullptr;
+  if (posix_memalign(&scratch, 64, size_t(floats) * sizeof(float))) {
+    job.failed = true;
+    return;
+  }
+  memset(scratch, 0, size_t(floats) * sizeof(float));
+  for (int64_t i = begin; i < end; i++) {
+    // Neighbouring items share their weights: item = (group, range of blocks, tile).
+    int64_t tile = i % job.tiles, range = i / job.tiles % job.ranges;
+    int64_t group = i / job.tiles / job.ranges;
+    int64_t p0 = tile * job.positions_per_tile, b0 = range * job.blocks_per_range;
+    int64_t count = at_most(job.positions_per_tile, c.input.positions - p0);
+    int64_t b1 = at_most(c.weight.blocks, b0 + job.blocks_per_range);
+    Tile cut = job.tile;  // the last tile may be narrower
+    cut.vectors = vectors_for(count, *job.isa, cut.vectors);
+    job.isa->panel(c, cut, group, p0, count, b0, b1, static_cast<float*>(scratch));
+  }
+  free(scratch);
+}
+
+bool run_panel(const Call& c, const Isa& isa, int threads, ParallelFor parallel_for) {
+  Job job = {};
+  job.call = &c;
+  job.isa = &isa;
+  job.tile = choose_tile(c, isa);
+  job.positions_per_tile = int64_t(job.tile.vectors) * isa.lanes;
+  job.tiles = ceil_div(c.input.positions, job.positions_per_tile);
+  // Sums of a range of blocks stay in the second-level cache, about 128 KB.
+  int64_t blocks = (128 << 10) / (job.positions_per_tile * kBlock * 4);
+  // Threads get equal shares when there are several items for each.
+  int64_t others = job.tiles * c.weight.groups;
+  if (others < 4 * threads)
+    blocks = at_most(blocks, ceil_div(c.weight.blocks * others, 4 * threads));
+  if (threads == 1) blocks = at_most((128 << 10) / (job.positions_per_tile * kBlock * 4), c.weight.blocks);
+  if (blocks < 1) blocks = 1;
+  job.blocks_per_range = blocks;
+  job.ranges = ceil_div(c.weight.blocks, blocks);
+  int64_t work = blocks * c.weight.slots * kBlock * job.positions_per_tile;
+  parallel_for(0, others * job.ranges, ceil_div(65536, work + 1), panel_body, &job);
+  return !job.failed;
+}
+
+}  // namespace
+
+bool run(const Call& c, const Isa& isa, int threads, ParallelFor parallel_for) {
+  if (c.input.positions == 0 || c.weight.out == 0) return true;
+  if (takes_few(c, isa)) return run_few(c, isa, parallel_for);
+  return run_panel(c, isa, threads, parallel_for);
+}
+
+}  // namespace nmfx

@@ -1,0 +1,9 @@
+// AVX-512 without a bf16 dot product: bf16 weights are widened to floats.
+#include "isa_avx512.h"
+
+namespace nmfx {
+
+const Isa isa_avx512 = {"avx512", V::kLanes, 8,         V::kRows, false, {{17, 17, 17}, {17, 17, 17}},
+                        has_few,  few,       few_input, panel,    panel_scratch};
+
+}  // namespace nmfx

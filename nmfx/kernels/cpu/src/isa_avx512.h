@@ -1,0 +1,79 @@
+// AVX-512 (F, BW, VL, DQ): sixteen lanes, one vector per block. Included by the file with and the
+// file without the bf16 dot product.
+#pragma once
+#include "transpose_avx.h"
+
+namespace nmfx {
+namespace {
+
+template <int M>
+struct Window512 {
+  __m512 part;
+};
+
+struct V {
+  using F = __m512;
+  using Ints = __m512i;
+  static constexpr int kLanes = 16, kHalves = 1, kRows = 8, kWholeRows = 8;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static F load_values(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_values(const uint16_t* p) {
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static float one(const float* p) { return *p; }
+  static float one(const uint16_t* p) { return from_bf16(*p); }
+
+  static Ints load_index(const uint32_t* p) {
+    return _mm512_loadu_si512(reinterpret_cast<const void*>(p));
+  }
+  template <int BITS>
+  static Ints shift(Ints v) {
+    return _mm512_srli_epi32(v, BITS);
+  }
+
+  // A group is repeated over the vector, so the bits above a field, which are the next fields',
+  // choose between equal copies.
+  template <int M>
+  static Window512<M> window(const float* x) {
+    if constexpr (M == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(x))};
+    if constexpr (M == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(x))};
+    return {_mm512_loadu_ps(x)};
+  }
+  template <int M>
+  static F permute(const Window512<M>& w, Ints field) {
+    if constexpr (M == 4) return _mm512_permutevar_ps(w.part, field);
+    return _mm512_permutexvar_ps(field, w.part);
+  }
+
+  // out[lane] = start + ((index[lane] >> shift) & mask) * step
+  static void offsets(const uint32_t* index, int shift, uint32_t mask, int32_t step, int32_t start,
+                      int32_t* out) {
+    Ints field = _mm512_srl_epi32(load_index(index), _mm_cvtsi32_si128(shift));
+    field = _mm512_and_si512(field, _mm512_set1_epi32(int(mask)));
+    Ints offset = _mm512_mullo_epi32(field, _mm512_set1_epi32(step));
+    offset = _mm512_add_epi32(offset, _mm512_set1_epi32(start));
+    _mm512_storeu_si512(static_cast<void*>(out), offset);
+  }
+
+  static void transpose_rows(const void* const* rows, DType dtype, int64_t count, int64_t c0,
+                             int64_t c1, float* out, int64_t ld) {
+    transpose_rows_avx(rows, dtype, count, c0, c1, out, ld);
+  }
+  static void transpose_block(const float* sums, int64_t ld, float* out) {
+    transpose_block_avx(sums, ld, out);
+  }
+};
+
+}  // namespace
+}  // namespace nmfx
+
+#include "few.h"
+#include "panel.h"

@@ -1,0 +1,50 @@
+// Any CPU: the panel kernel on eight floats at a time, in the vector extension that GCC and Clang
+// lower to whatever there is (SSE, NEON, or scalar code). Also the definition the others are read
+// against.
+#include "epilogue.h"
+
+namespace nmfx {
+namespace {
+
+struct V {
+  typedef float F __attribute__((vector_size(32), aligned(4)));
+  static constexpr int kLanes = 8;
+
+  static F load(const float* p) { return *reinterpret_cast<const F*>(p); }
+  static void store(float* p, F v) { *reinterpret_cast<F*>(p) = v; }
+  static F zero() { return F{}; }
+  static F broadcast(const float* p) { return F{} + *p; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+
+  // out[lane] = start + ((index[lane] >> shift) & mask) * step
+  static void offsets(const uint32_t* index, int shift, uint32_t mask, int32_t step, int32_t start,
+                      int32_t* __restrict out) {
+    for (int lane = 0; lane < kBlock; lane++)
+      out[lane] = start + int32_t((index[lane] >> shift) & mask) * step;
+  }
+
+  static inline void transpose_rows(const void* const* rows, DType dtype, int64_t count,
+                                    int64_t c0, int64_t c1, float* out, int64_t ld);
+  static void transpose_block(const float* sums, int64_t ld, float* out) {
+    for (int64_t t = 0; t < ld; t++)
+      for (int lane = 0; lane < kBlock; lane++) out[t * kBlock + lane] = sums[lane * ld + t];
+  }
+};
+
+}  // namespace
+}  // namespace nmfx
+
+#define NMFX_UNROLL _Pragma("GCC unroll 16")
+#include "panel.h"
+
+namespace nmfx {
+
+void V::transpose_rows(const void* const* rows, DType dtype, int64_t count, int64_t c0, int64_t c1,
+                       float* out, int64_t ld) {
+  transpose_rows_plain(rows, dtype, count, c0, c1, out, ld);
+}
+
+const Isa isa_portable = {"portable", V::kLanes, 8,       0,     false, {{1, 1, 1}, {1, 1, 1}},
+                          nullptr,    nullptr,   nullptr, panel, panel_scratch};
+
+}  // namespace nmfx

@@ -1,0 +1,281 @@
+// The panel kernel: lane = position. A panel holds the activations of some columns for a tile of
+// positions, [column][position], in the first-level cache; a kept weight is broadcast and
+// multiplied with the one row of the panel that its index names. No permutation, no pruned
+// product, any N:M, and linear and convolution differ only in how the panel is filled.
+//
+//   panel  column 0 | p0 p1 p2 ... |      sums[lane][p] += values[slot][lane] * panel[column][p]
+//          column 1 | p0 p1 p2 ... |
+//          ...
+//   for chunk of columns:  fill the panel;  for block: find the rows;  for lane: for slot: fma
+//
+// Included by one file per instruction set, which defines V (see few.h) and transpose_rows.
+#pragma once
+#include "epilogue.h"
+
+namespace nmfx {
+namespace {
+
+// --- filling a panel -----------------------------------------------------------------------
+
+// out[(c - c0) * ld + t] = rows[t][c] for c in [c0, c1); a null row is zeros.
+inline void transpose_rows_plain(const void* const* rows, DType dtype, int64_t count, int64_t c0,
+                                 int64_t c1, float* out, int64_t ld) {
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t c = c0; c < c1; c++)
+      out[(c - c0) * ld + t] = rows[t] ? load_as_float(rows[t], c, dtype) : 0.0f;
+}
+
+inline const void* element(const Input& in, int64_t i) {
+  return static_cast<const char*>(in.data) + i * (in.dtype == DType::f32 ? 4 : 2);
+}
+
+constexpr int64_t kMaxTile = 128;  // positions
+
+inline void clear_positions(float* panel, int64_t columns, int64_t count, int64_t ld) {
+  if (count == ld) return;
+  for (int64_t k = 0; k < columns; k++)
+    memset(panel + k * ld + count, 0, size_t(ld - count) * 4);
+}
+
+inline void fill_linear(const Input& in, int64_t k0, int64_t k1, int64_t p0, int64_t count,
+                        float* panel, int64_t ld) {
+  const void* rows[kMaxTile];
+  for (int64_t t = 0; t < count; t++) rows[t] = element(in, (p0 + t) * in.row_stride);
+  V::transpose_rows(rows, in.dtype, count, k0, k1, panel, ld);
+}
+
+struct Pixel {  // of the output: the first input element of its window, before padding
+  int64_t image_offset, y, x;
+};
+
+inline bool source_of(const Input& in, const Pixel& p, int64_t ky, int64_t kx, int64_t* offset) {
+  int64_t y = p.y + ky * in.dilation_y, x = p.x + kx * in.dilation_x;
+  if (y < 0 || y >= in.height || x < 0 || x >= in.width) return false;
+  *offset = p.image_offset + y * in.step_y + x * in.step_x;
+  return true;
+}
+
+// Channels [c0, c1) at one kernel position for channels-last input: rows again.
+inline void fill_channels_last(const Input& in, const Pixel* pixels, int64_t ky, int64_t kx,
+                               int64_t c0, int64_t c1, int64_t count, float* panel, int64_t ld) {
+  const void* rows[kMaxTile];
+  for (int64_t t = 0; t < count; t++) {
+    int64_t offset;
+    rows[t] = source_of(in, pixels[t], ky, kx, &offset) ? element(in, offset) : nullptr;
+  }
+  V::transpose_rows(rows, in.dtype, count, c0, c1, panel, ld);
+}
+
+// The same for any other layout: runs of neighbouring pixels are copied.
+inline void fill_planes(const Input& in, const Pixel* pixels, int64_t ky, int64_t kx, int64_t c0,
+                        int64_t c1, int64_t count, float* panel, int64_t ld) {
+  struct Run {
+    int64_t start, length, offset, step;  // offset < 0: padding
+  } runs[kMaxTile];
+  int64_t n = 0;
+  for (int64_t t = 0; t < count; t++) {
+    int64_t offset;
+    if (!source_of(in, pixels[t], ky, kx, &offset)) offset = -1;
+    if (n) {
+      Run& last = runs[n - 1];
+      int64_t step = last.length == 1 ? offset - last.offset : last.step;
+      bool joins = last.offset < 0 ? offset < 0
+                                   : offset >= 0 && offset == last.offset + last.length * step;
+      if (joins) {
+        last.length++;
+        last.step = step;
+        continue;
+      }
+    }
+    runs[n++] = {t, 1, offset, 1};
+  }
+  for (int64_t c = c0; c < c1; c++) {
+    float* out = panel + (c - c0) * ld;
+    int64_t plane = c * in.step_channel;
+    for (int64_t i = 0; i < n; i++) {
+      const Run& run = runs[i];
+      if (run.offset < 0)
+        for (int64_t j = 0; j < run.length; j++) out[run.start + j] = 0.0f;
+      else if (run.step == 1)
+        to_floats(in.data, plane + run.offset, run.length, in.dtype, out + run.start);
+      else
+        for (int64_t j = 0; j < run.length; j++)
+          out[run.start + j] = load_as_float(in.data, plane + run.offset + j * run.step, in.dtype);
+    }
+  }
+}
+
+inline void fill_conv(const Input& in, int64_t group, int64_t k0, int64_t k1, int64_t p0,
+                      int64_t count, float* panel, int64_t ld) {
+  Pixel pixels[kMaxTile];
+  for (int64_t t = 0; t < count; t++) {
+    int64_t p = p0 + t, size = in.out_height * in.out_width;
+    int64_t q = p % size;
+    pixels[t].image_offset = p / size * in.step_image + group * in.channels * in.step_channel;
+    pixels[t].y = q / in.out_width * in.stride_y - in.pad_y;
+    pixels[t].x = q % in.out_width * in.stride_x - in.pad_x;
+  }
+  for (int64_t k = k0; k < k1;) {
+    int64_t tap = k / in.channels, c0 = k % in.channels;
+    int64_t c1 = c0 + (k1 - k) < in.channels ? c0 + (k1 - k) : in.channels;
+    auto fill = in.step_channel == 1 ? fill_channels_last : fill_planes;
+    fill(in, pixels, tap / in.kernel_x, tap % in.kernel_x, c0, c1, count, panel + (k - k0) * ld,
+         ld);
+    k += c1 - c0;
+  }
+}
+
+// --- the rows of a panel that a block reads --------------------------------------------------
+
+// Slots [s0, s1) of a block: offsets in floats into the panel, [slot][16], and values as floats.
+template <class T>
+const float* find_rows(const Weight& w, int64_t block, int64_t s0, int64_t s1, int64_t ld,
+                       int32_t* offsets, float* floats) {
+  const int bits = field_bits(w.m), fields = 32 / bits;
+  const uint32_t mask = (1u << bits) - 1;
+  const uint32_t* index = w.index + (block * w.words + s0 / fields) * kBlock;
+  int64_t in_group = s0 % w.n;  // the panel starts with the group of slot s0
+  int32_t start = 0;
+  for (int64_t s = s0; s < s1; index += kBlock)
+    for (int field = 0; field < fields && s < s1; field++, s++, offsets += kBlock) {
+      V::offsets(index, field_shift(field, bits), mask, int32_t(ld), start, offsets);
+      if (++in_group == w.n) in_group = 0, start += int32_t(w.m * ld);
+    }
+  const T* values = static_cast<const T*>(w.values) + (block * w.slots + s0) * kBlock;
+  if constexpr (sizeof(T) == 4) return values;
+  to_floats(values, 0, (s1 - s0) * kBlock, w.dtype, floats);
+  return floats;
+}
+
+// sums[lane][p] += sum over slots of values[slot][lane] * panel[offsets[slot][lane] + p]
+// for LANES lanes at once, so that short tiles have enough independent chains of additions.
+template <int R, int LANES>
+inline void add_lanes(const int32_t* offsets, const float* values, int64_t slots,
+                      const float* panel, float* sums, bool first) {
+  typename V::F acc[LANES][R];
+  NMFX_UNROLL for (int l = 0; l < LANES; l++) NMFX_UNROLL for (int r = 0; r < R; r++)
+    acc[l][r] = first ? V::zero() : V::load(sums + (l * R + r) * V::kLanes);
+  for (int64_t s = 0; s < slots; s++, offsets += kBlock, values += kBlock) {
+    NMFX_UNROLL for (int l = 0; l < LANES; l++) {
+      const float* row = panel + offsets[l];
+      typename V::F value = V::broadcast(values + l);
+      NMFX_UNROLL for (int r = 0; r < R; r++)
+        acc[l][r] = V::fma(value, V::load(row + r * V::kLanes), acc[l][r]);
+    }
+  }
+  NMFX_UNROLL for (int l = 0; l < LANES; l++) NMFX_UNROLL for (int r = 0; r < R; r++)
+    V::store(sums + (l * R + r) * V::kLanes, acc[l][r]);
+}
+
+// --- results -----------------------------------------------------------------------------------
+
+inline void store_block(const Call& c, float* sums, int64_t ld, int64_t group, int64_t block,
+                        int64_t p0, int64_t count) {
+  const Weight& w = c.weight;
+  const Output& out = c.output;
+  int64_t o0 = block * kBlock, lanes = w.out - o0 < kBlock ? w.out - o0 : kBlock;
+  int64_t channel = group * w.out + o0;
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    float* sum = sums + lane * ld;
+    if (w.bias) {
+      float bias = load_as_float(w.bias, channel + lane, w.dtype);
+      for (int64_t t = 0; t < ld; t++) sum[t] += bias;
+    }
+    activate(sum, ld, out.activation);
+  }
+  if (out.step_out == 1) {
+    float turned[kMaxTile * kBlock];
+    V::transpose_block(sums, ld, turned);
+    for (int64_t t = 0; t < count; t++)
+      from_floats(turned + t * kBlock, lanes, w.dtype, out.data,
+                  (p0 + t) * out.step_position + channel);
+    return;
+  }
+  for (int64_t lane = 0; lane < lanes; lane++)
+    for (int64_t t = 0; t < count;) {  // a tile may end in another image than it began
+      int64_t image = (p0 + t) / out.image_size, q = (p0 + t) % out.image_size;
+      int64_t run = out.image_size - q < count - t ? out.image_size - q : count - t;
+      from_floats(sums + lane * ld + t, run, w.dtype, out.data,
+                  image * out.step_image + (channel + lane) * out.step_out + q);
+      t += run;
+    }
+}
+
+// --- a tile --------------------------------------------------------------------------------------
+
+inline int64_t chunk_columns(const Weight& w, const Tile& tile) {
+  return ((tile.chunk_slots + w.n - 1) / w.n + 1) * w.m;
+}
+
+// An index that names no column of its group, out of a corrupted file, must not leave `scratch`:
+// a field reaches at most (1 << bits) - 1 columns past the start of its group.
+inline int64_t panel_floats(const Weight& w, const Tile& tile) {
+  return (chunk_columns(w, tile) + (1 << field_bits(w.m))) * tile.vectors * V::kLanes;
+}
+
+int64_t panel_scratch(const Call& c, const Tile& tile, int64_t blocks) {
+  return panel_floats(c.weight, tile) + blocks * kBlock * tile.vectors * V::kLanes +
+         2 * tile.chunk_slots * kBlock;
+}
+
+inline void prefetch(const char* start, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + i);
+}
+
+template <int R>
+void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count,
+                int64_t b0, int64_t b1, float* scratch) {
+  constexpr int64_t ld = R * V::kLanes;
+  constexpr int LANES = R >= 5 ? 1 : R >= 3 ? 2 : 4;
+  const Weight& w = c.weight;
+  float* panel = scratch;
+  float* sums = panel + panel_floats(w, tile);
+  int32_t* offsets = reinterpret_cast<int32_t*>(sums + (b1 - b0) * kBlock * ld);
+  float* floats = reinterpret_cast<float*>(offsets) + tile.chunk_slots * kBlock;
+  const int64_t fields = fields_per_word(w.m);
+  const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2;
+  auto find = w.dtype == DType::f32 ? find_rows<float> : find_rows<uint16_t>;
+  if (w.slots == 0) memset(sums, 0, size_t((b1 - b0) * kBlock * ld) * 4);
+  for (int64_t s0 = 0; s0 < w.slots; s0 += tile.chunk_slots) {
+    const int64_t s1 = s0 + tile.chunk_slots < w.slots ? s0 + tile.chunk_slots : w.slots;
+    const int64_t k0 = s0 / w.n * w.m, k1 = ((s1 - 1) / w.n + 1) * w.m;
+    if (c.input.is_conv)
+      fill_conv(c.input, group, k0, k1, p0, count, panel, ld);
+    else
+      fill_linear(c.input, k0, k1, p0, count, panel, ld);
+    clear_positions(panel, k1 - k0, count, ld);
+    for (int64_t b = b0; b < b1; b++) {
+      const int64_t block = group * w.blocks + b;
+      // The next block's slots are far away in memory: ask for them a block ahead.
+      const char* next = static_cast<const char*>(w.values) +
+                         ((block + 1) * w.slots + s0) * kBlock * itemsize;
+      if (b + 1 < b1)
+        prefetch(next, (s1 - s0) * kBlock * itemsize),
+            prefetch(reinterpret_cast<const char*>(
+                         w.index + ((block + 1) * w.words + s0 / fields) * kBlock),
+                     (s1 - s0 + fields - 1) / fields * kBlock * 4);
+      const float* values = find(w, block, s0, s1, ld, offsets, floats);
+      float* sum = sums + (b - b0) * kBlock * ld;
+      for (int lane = 0; lane < kBlock; lane += LANES)
+        add_lanes<R, LANES>(offsets + lane, values + lane, s1 - s0, panel, sum + lane * ld,
+                            s0 == 0);
+    }
+  }
+  for (int64_t b = b0; b < b1; b++)
+    store_block(c, sums + (b - b0) * kBlock * ld, ld, group, b, p0, count);
+}
+
+void panel(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count, int64_t b0,
+           int64_t b1, float* scratch) {
+  switch (tile.vectors) {
+    case 1: return panel_tile<1>(c, tile, group, p0, count, b0, b1, scratch);
+    case 2: return panel_tile<2>(c, tile, group, p0, count, b0, b1, scratch);
+    case 3: return panel_tile<3>(c, tile, group, p0, count, b0, b1, scratch);
+    case 4: return panel_tile<4>(c, tile, group, p0, count, b0, b1, scratch);
+    case 6: return panel_tile<6>(c, tile, group, p0, count, b0, b1, scratch);
+    case 8: return panel_tile<8>(c, tile, group, p0, count, b0, b1, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace nmfx

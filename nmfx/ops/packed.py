@@ -1,0 +1,89 @@
+"""What linear_nm and conv_nm share: checks, activations, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NMError
+from ..packing import packed_shapes
+from ..pattern import Pattern
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation_grad(name: str, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient with respect to the input `x` of an activation; differentiable again."""
+    if name == "relu":
+        return torch.where(x > 0, grad, 0.0)
+    if name == "silu":
+        s = torch.sigmoid(x)
+        return grad * s * (1 + x * (1 - s))
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+
+
+def autocast_all(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as torch's autocast hands them to a linear layer."""
+    first = tensors[0]
+    assert first is not None
+    dtype = torch.get_autocast_dtype(first.device.type)
+    # float64 is left alone, as torch does.
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def check_packed_call(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    pattern: Pattern,
+    activation: str,
+    groups: int = 1,
+) -> None:
+    """Checks the arguments of a packed layer; `rows` and `cols` are of one convolution group.
+
+    Raises:
+        NMError: what does not fit, and what would.
+    """
+    if activation not in ACTIVATIONS:
+        raise NMError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if cols % pattern.m:
+        raise NMError(f"{cols} columns are not a multiple of {pattern.m}, as {pattern} needs")
+    (blocks, slots, lanes), (_, words, _) = packed_shapes(rows, cols, pattern)
+    expected = (groups * blocks, slots, lanes), (groups * blocks, words, lanes)
+    if (tuple(values.shape), tuple(index.shape)) != expected or index.dtype != torch.int32:
+        raise NMError(
+            f"packed tensors of shapes {tuple(values.shape)} and {tuple(index.shape)} "
+            f"({index.dtype}) do not fit a ({groups * rows}, {cols}) weight with {pattern}, which "
+            f"needs {expected[0]} and {expected[1]} (torch.int32)"
+        )
+    if bias is not None and tuple(bias.shape) != (groups * rows,):
+        raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {groups * rows} outputs")
+    tensors = [t for t in (input, values, index, bias) if t is not None]
+    if len({t.device for t in tensors}) > 1:
+        raise NMError(
+            f"input is on {input.device}, the packed weight on {values.device} and "
+            f"{index.device}, the bias on {None if bias is None else bias.device}: move the whole "
+            f"model with .to(device)"
+        )
+    dtypes = {input.dtype, values.dtype, values.dtype if bias is None else bias.dtype}
+    if len(dtypes) > 1:
+        raise NMError(
+            f"input is {input.dtype}, the packed weight {values.dtype}, the bias "
+            f"{None if bias is None else bias.dtype}: move the whole model with .to(dtype), "
+            f"or run under torch.autocast"
+        )
+    if not values.is_contiguous() or not index.is_contiguous():
+        raise NMError("packed tensors are contiguous; call .contiguous() on them")
