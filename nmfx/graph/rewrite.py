@@ -1,4 +1,4 @@
-"""The one rewriting pass, in its three forms.
+"""The one rewriting pass, in its forms.
 
     sr_ste      weight ----------------> linear      becomes
                 weight -> nmfx_sr_ste -> linear      one node per weight, however often it is used
@@ -7,6 +7,9 @@
 
     packed      linear(x, weight, bias)              becomes
                 nmfx_linear_nm(x, values, index, bias, in_features, n, m)
+
+    prepacked   linear(x, weight, bias)              becomes
+                nmfx_linear_prepacked(x, weight, bias, copy, transposed)
 
 Requires: weights reach their consumers straight from a placeholder or get_attr node.
 Ensures: consumers outside the table, and nodes that are no consumers, are left as they were.
@@ -21,6 +24,7 @@ from torch import fx
 
 from ..ops.keep import keep
 from ..ops.linear_nm import linear_nm
+from ..ops.linear_prepacked import linear_prepacked
 from ..ops.sr_ste import sr_ste
 from ..pattern import Pattern
 from .table import Consumer, argument, consumer_of
@@ -116,6 +120,27 @@ def replace_with_linear_nm(
         graph.erase_node(node)
         if not use.weight.users:
             graph.erase_node(use.weight)
+
+
+def replace_with_prepacked(graph: fx.Graph, uses: Iterable[Use], copy: str) -> None:
+    """Replaces linear and addmm consumers of a weight by linear_prepacked with attribute `copy`.
+
+    The weight stays where it was. Check with `can_pack`, as for `replace_with_linear_nm`.
+    """
+    for use in uses:
+        node = use.node
+        transposed = use.consumer.family == "addmm"
+        if transposed:
+            inputs, bias = argument(node, 1, "mat1"), _added(node)
+        else:
+            inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
+        with graph.inserting_before(node):
+            store = graph.create_node("get_attr", copy)
+            call = graph.call_function(
+                linear_prepacked, (inputs, use.weight, bias, store, transposed)
+            )
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
 
 
 def can_pack(
