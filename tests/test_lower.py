@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -283,9 +284,14 @@ def test_equal_nan_and_inf_are_no_difference() -> None:
     nmfx.lower(nmfx.sparsify(NotANumber(), "2:4"), (X,), tune=False)
 
 
-class Random(Mlp):
+class Drifts(Mlp):
+    """Gives another output every time, however the random state is kept."""
+
+    runs = 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.rand(())
+        self.runs += 1
+        return super().forward(x) + self.runs
 
 
 class Shrinks(Mlp):
@@ -297,18 +303,34 @@ class Shrinks(Mlp):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_outputs_that_differ_are_an_error_and_undo_everything(inplace: bool) -> None:
-    model = nmfx.sparsify(Random(), "2:4")
-    before = snapshot(model)
+@pytest.mark.parametrize("tune", [False, True])
+def test_outputs_that_differ_are_an_error(inplace: bool, tune: bool) -> None:
+    model = nmfx.sparsify(Drifts(), "2:4")
+    before, folded = snapshot(model), nmfx.fold(model)
     with pytest.raises(nmfx.NMError) as error:
-        nmfx.lower(model, [(X,)], inplace=inplace, tune=False)
+        nmfx.lower(model, [(X,)], inplace=inplace, tune=tune)
     message = str(error.value)
     assert message.startswith("call 0: the lowered model's output differs from the folded model's")
     assert message.endswith("(relative norm), more than 1e-04")
-    assert snapshot(model) == before
+    if inplace:
+        assert_folded(model, folded)
+    else:
+        assert snapshot(model) == before
     with pytest.raises(nmfx.NMError) as error:
         nmfx.lower(nmfx.sparsify(Shrinks(), "2:4"), (X,), tune=False)
     assert str(error.value) == "call 0: the lowered model's outputs have other shapes"
+
+
+class Noisy(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(())
+
+
+def test_random_outputs_are_compared_from_one_random_state() -> None:
+    model = nmfx.sparsify(Noisy(), "2:4")
+    before = torch.get_rng_state()
+    nmfx.lower(model, (X,), tune=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- all or nothing ----------------------------------------------------------------------------
@@ -334,9 +356,37 @@ def snapshot(model: nn.Module) -> Any:
     ], [value.tolist() for value in model.state_dict().values()]
 
 
+def assert_folded(model: nn.Module, folded: nn.Module) -> None:
+    """Whether a model is what `nmfx.fold` makes of it, but for notes."""
+    assert [type(m) for m in model.modules()] == [type(m) for m in folded.modules()]
+    assert not list(nmfx_attributes(model)), "something of nmfx is left"
+    state, expected = model.state_dict(), folded.state_dict()
+    assert list(state) == list(expected), "other keys, or another order"
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), f"{name}: not the folded weight"
+    parameters = dict(model.named_parameters())
+    for name, parameter in folded.named_parameters():
+        assert parameters[name].requires_grad == parameter.requires_grad, name
+
+
+def nmfx_attributes(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        yield from (f"{name}.{key}" for key in module.__dict__ if key.startswith("_nmfx_"))
+
+
+FUNCTIONS = {
+    "pack": ("nmfx.capture.packed", "pack"),
+    "unpack": ("nmfx.capture.packed", "unpack"),
+    "refresh": ("nmfx.capture.lowering", "refresh"),
+    "bake": ("nmfx.lower", "bake"),
+    "compare_outputs": ("nmfx.lower", "compare_outputs"),
+}
+
+
 def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseException) -> None:
     """Lets the `at`-th call of a function that lower uses raise."""
-    module = sys.modules["nmfx.lower"]
+    module_name, name = FUNCTIONS[name]
+    module = sys.modules[module_name]
     original, calls = getattr(module, name), [0]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -350,31 +400,36 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseExce
 
 @pytest.mark.parametrize(
     ("name", "at"),
-    [("pack", 1), ("pack", 2), ("refresh", 2), ("unpack", 2), ("compare_outputs", 1)],
+    [("bake", 1), ("pack", 1), ("pack", 2), ("refresh", 2), ("unpack", 2), ("compare_outputs", 1)],
 )
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("source", ["sparse", "frozen", "folded"])
-def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
+def test_a_failure_in_the_middle_leaves_a_whole_folded_model(
     name: str, at: int, error: BaseException, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sparse().train()
+    model.fc1.weight.requires_grad_(False)
     if source == "frozen":
         nmfx.freeze(model)
     if source == "folded":
         nmfx.fold(model, inplace=True)
-    before, expected = snapshot(model), model.eval()(X)
-    model.train()
-    with monkeypatch.context() as patch:
-        fail_in(patch, name, at, error)
-        with pytest.raises(type(error)):
-            nmfx.lower(model, (X,), inplace=True, tune=False)
-    assert snapshot(model) == before
-    assert torch.equal(model.eval()(X), expected)
-    nmfx.lower(model, (X,), inplace=True, tune=False)
-    torch.testing.assert_close(model(X), expected)
+    untouched = copy.deepcopy(model)
+    folded = copy.deepcopy(model) if source == "folded" else nmfx.fold(model)
+    before = snapshot(model)
+    for inplace in (False, True):
+        with monkeypatch.context() as patch:
+            fail_in(patch, name, at, error)
+            with pytest.raises(type(error)):
+                nmfx.lower(model, (X,), inplace=inplace, tune=False)
+        assert all(module.training for module in model.modules())
+        if not inplace:
+            assert snapshot(model) == before
+    assert_folded(model, folded)
+    lowered = nmfx.lower(model, (X,), inplace=True, tune=False).eval()
+    torch.testing.assert_close(lowered(X), untouched.eval()(X))
 
 
-def test_a_failure_in_the_middle_restores_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_folds_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -384,18 +439,18 @@ def test_a_failure_in_the_middle_restores_a_graph(monkeypatch: pytest.MonkeyPatc
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(F.linear(x, self.a), self.b)
 
-    for folded in (False, True):
+    for already in (False, True):
         gm = nmfx.sparsify(torch.fx.symbolic_trace(Two()), {"": "1:4"})
-        gm = nmfx.fold(gm) if folded else gm
-        code, keys, expected = gm.code, list(gm.state_dict()), gm(X)
+        gm = nmfx.fold(gm) if already else gm
+        folded = copy.deepcopy(gm) if already else nmfx.fold(gm)
         with monkeypatch.context() as patch:
             fail_in(patch, "compare_outputs", 1, RuntimeError("boom"))
             with pytest.raises(RuntimeError, match="boom"):
                 nmfx.lower(gm, (X,), inplace=True, tune=False)
-        assert gm.code == code
-        assert list(gm.state_dict()) == keys
-        assert torch.equal(gm(X), expected)
-        torch.testing.assert_close(nmfx.lower(gm, (X,), tune=False)(X), expected)
+        assert gm.code == folded.code
+        assert list(gm.state_dict()) == list(folded.state_dict())
+        assert torch.equal(gm(X), folded(X))
+        torch.testing.assert_close(nmfx.lower(gm, (X,), tune=False)(X), folded(X))
 
 
 # --- which layers, and why not -----------------------------------------------------------------

@@ -72,8 +72,9 @@ def test_table_of_a_lowered_model() -> None:
         "",
         "1 of 3 layers and 50.0% of their 256 weights are N:M sparse (N:M keeps N of every M); "
         "1,024 bytes dense, 648 as stored",
+        "tune=False: every layer that can be packed is packed. Nothing was timed.",
         "packed layers run the reference kernel in plain torch, which unpacks the weight on every "
-        "call: smaller than dense, and slower. Nothing was timed.",
+        "call: smaller than dense, and slower.",
     ]
 
 

@@ -123,7 +123,8 @@ class Target:
             weight = nn.Parameter(dense.contiguous(), self._requires_grad)
             owner._parameters[name] = weight
             for key in self._order:  # the order is that of state_dict and of optimizers
-                owner._parameters[key] = owner._parameters.pop(key)
+                if key in owner._parameters:  # the others are still to come
+                    owner._parameters[key] = owner._parameters.pop(key)
         owner._buffers.pop(values, None)
         owner._buffers.pop(index, None)
         store = holder_of(c.host) if c.capture == "graph" else c.host

@@ -20,6 +20,7 @@ rows in advance gained nothing measurable either, and would tie the copy to one 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class WeightCopy:
                 flat = as_bits(weight.detach()).view(-1)
                 probe = flat[:: max(1, flat.numel() // _SAMPLES)]
                 rows = weight.detach().t().contiguous() if transposed else weight.detach()
-                blocked = torch.ops.mkldnn._reorder_linear_weight(rows)
+                blocked = _reorder(rows)
                 self._state = state = (key, probe, probe.clone(), blocked)
         return state[3]
 
@@ -97,15 +98,27 @@ def can_prepack(weight: Tensor) -> str | None:
     """None if oneDNN keeps a blocked copy of such a weight on this machine, else why not."""
     if weight.device.type != "cpu":
         return f"oneDNN works on the CPU, not on {weight.device.type}"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"oneDNN keeps no layout for {weight.dtype}"
-    if not torch.backends.mkldnn.is_available() or not weight.numel():
-        return "oneDNN is not available" if weight.numel() else "the weight is empty"
+    if not weight.numel():
+        return "the weight is empty"
+    return _refusal(weight.dtype)
+
+
+@functools.cache
+def _refusal(dtype: torch.dtype) -> str | None:
+    """None if oneDNN lays out weights of a dtype here, else why not."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN keeps no layout for {dtype}"
+    if not torch.backends.mkldnn.is_available():
+        return "oneDNN is not available"
     try:
-        torch.ops.mkldnn._reorder_linear_weight(weight.new_zeros(16, 16))
+        _reorder(torch.zeros(16, 16, dtype=dtype))
     except (RuntimeError, AttributeError) as error:  # bfloat16 before AVX-512; a build without it
         return f"oneDNN refuses: {str(error).splitlines()[0]}"
     return None
+
+
+def _reorder(rows: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(rows)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -117,6 +130,7 @@ def _serves(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(weight) in _PLAIN
         and (bias is None or (type(bias) in _PLAIN and bias.dtype == weight.dtype))
         and input.dtype == weight.dtype
+        and _refusal(weight.dtype) is None
         and input.device.type == weight.device.type == "cpu"
         and input.layout == torch.strided
         and not input.is_nested
