@@ -31,6 +31,7 @@ from .tuning.bench import Bench
 from .tuning.choose import choose
 from .tuning.decide import DENSE, PACKED, TIE, Choice
 from .tuning.hardware import kernels_are_slow
+from .tuning.memory import Returning
 from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
@@ -121,8 +122,11 @@ class _Job:
 
 
 def _pack_all(job: _Job) -> list[str]:
+    memory = Returning()
     for target in progress(job.targets, "packing"):
         target.pack()
+        memory.freed(target.bytes)
+    memory.now()
     _check(job)
     if not job.targets:
         return [_NOTHING_PACKED]
@@ -134,10 +138,13 @@ def _tune(job: _Job) -> list[str]:
     if not job.targets:
         return [_NOTHING_PACKED]
     bench, dense_ms = Bench(job.model), _whole(job)
+    memory = Returning()
     choices: dict[Target, Choice] = {}
     for target in progress(job.targets, "measuring"):
         choices[target] = _choose(job, bench, target)
         _apply(target, choices[target])
+        memory.freed(target.bytes)
+    memory.now()
     _check(job)
     notes = [] if job.calls else [ASSUMED]
     lowered_ms = _whole(job)

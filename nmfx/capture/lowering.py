@@ -43,16 +43,19 @@ class Target:
     Attributes:
         candidate: the layer.
         pattern: the pattern that its weight satisfies.
+        bytes: of the dense weight.
     """
 
     candidate: Candidate
     pattern: Pattern
+    bytes: int = field(init=False)
     _order: list[str] = field(init=False)  # of the owner's parameters
     _requires_grad: bool = field(init=False)
 
     def __post_init__(self) -> None:
         owner, _ = self.owner
         self._order = list(owner._parameters)
+        self.bytes = self.weight.nbytes
         self._requires_grad = self.weight.requires_grad
 
     @property
