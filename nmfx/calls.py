@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ def evaluation_mode(model: nn.Module, calls: list[Call]) -> Iterator[None]:
             module.training = mode
 
 
+def kept_random_state() -> AbstractContextManager[None]:
+    """Restores torch's random state after the block; a GPU that nobody used is left asleep."""
+    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return torch.random.fork_rng(range(used))
+
+
 @contextmanager
 def undisturbed(
     model: nn.Module, but: Callable[[str], bool] = lambda name: False
@@ -78,7 +84,7 @@ def undisturbed(
         if buffer is not None and not but(f"{prefix}.{name}" if prefix else name)
     ]
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with kept_random_state():
             yield
     finally:
         with torch.no_grad():
@@ -90,7 +96,7 @@ def undisturbed(
 
 def run_calls(model: nn.Module, calls: list[Call]) -> list[Any]:
     """The outputs of all calls; each run of them starts from the same random state."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with kept_random_state():
         return [model(*args, **kwargs) for args, kwargs in calls]
 
 

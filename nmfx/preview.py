@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import evaluation_mode, parse_calls, run_calls, undisturbed
+from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
 from .capture.site import get_path
 from .errors import NMError
@@ -55,7 +55,7 @@ def preview(model: nn.Module, rules: Rules, example_inputs: Any = None) -> Repor
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     seen: Mapping[str, Mapping[Seen, int]] = {}
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with kept_random_state():
         if calls:
             seen = _run(model, calls, [d.candidate.name for d in chosen])
         bench = Bench(model)

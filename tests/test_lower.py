@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_timer import PACKED_WINS, install
 from masked_reference import nm_mask
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -304,7 +305,10 @@ class Shrinks(Mlp):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("tune", [False, True])
-def test_outputs_that_differ_are_an_error(inplace: bool, tune: bool) -> None:
+def test_outputs_that_differ_are_an_error(
+    inplace: bool, tune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PACKED_WINS)
     model = nmfx.sparsify(Drifts(), "2:4")
     before, folded = snapshot(model), nmfx.fold(model)
     with pytest.raises(nmfx.NMError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.ops.linear_prepacked import can_prepack
+from nmfx.tuning.progress import progress
 
 X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16).sin()
 PREPACKS = can_prepack(X) is None
@@ -227,6 +229,17 @@ def test_nothing_is_printed_without_a_terminal(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr() == ("", "")
 
 
+def test_long_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("nmfx.tuning.progress._DELAY_S", 0.0)
+    assert list(progress([1, 2, 3], "measuring")) == [1, 2, 3]
+    assert "nmfx: measuring" in sys.stderr.getvalue()
+
+
 # --- the cache ---------------------------------------------------------------------------------
 
 
@@ -401,7 +414,9 @@ print(states == {{'packed'}}, (peak() - base) / dense, (now() - base) / dense, k
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("sparsified", [True, False])
+@pytest.mark.parametrize(
+    "sparsified", [True, pytest.param(False, marks=pytest.mark.deep)], ids=["sparse", "folded"]
+)
 def test_peak_memory_in_place(sparsified: bool) -> None:
     tests = str(Path(__file__).parent)
     done = subprocess.run(
