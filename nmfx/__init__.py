@@ -19,6 +19,7 @@ from .ops.keep import keep
 from .ops.linear_nm import linear_nm
 from .ops.sr_ste import sr_ste
 from .pattern import Pattern
+from .preview import preview
 from .report import Report, report
 from .schedule import freeze, masks, set_lambda, set_pattern, unfreeze
 from .sparsify import sparsify, unsparsify
@@ -42,6 +43,7 @@ __all__ = [
     "lower",
     "masks",
     "nm_mask",
+    "preview",
     "report",
     "sad",
     "set_lambda",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Relative, norm-wise, over a whole output: a lowered model multiplies the same weights in another
 # order, layer after layer.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def parse_calls(example_inputs: Any) -> list[Call]:
@@ -61,6 +61,45 @@ def evaluation_mode(model: nn.Module, calls: list[Call]) -> Iterator[None]:
             module.training = mode
 
 
+def kept_random_state() -> AbstractContextManager[None]:
+    """Restores torch's random state after the block; a GPU that nobody used is left asleep."""
+    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return torch.random.fork_rng(range(used))
+
+
+@contextmanager
+def undisturbed(
+    model: nn.Module, but: Callable[[str], bool] = lambda name: False
+) -> Iterator[None]:
+    """Restores torch's random state and the model's buffers after the block.
+
+    Args:
+        model: buffers that the block adds or deletes stay added or deleted.
+        but: names of buffers that the model only reads, which need no copy.
+    """
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not but(f"{prefix}.{name}" if prefix else name)
+    ]
+    try:
+        with kept_random_state():
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in saved:
+                if name in module._buffers:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+def run_calls(model: nn.Module, calls: list[Call]) -> list[Any]:
+    """The outputs of all calls; each run of them starts from the same random state."""
+    with kept_random_state():
+        return [model(*args, **kwargs) for args, kwargs in calls]
+
+
 def compare_outputs(expected: Any, actual: Any, number: int) -> None:
     """Compares all tensors of two outputs.
 
@@ -73,7 +112,7 @@ def compare_outputs(expected: Any, actual: Any, number: int) -> None:
     for left, right in zip(*pairs, strict=True):
         if not left.is_floating_point():
             continue
-        error, tolerance = relative_error(left, right), _TOLERANCE.get(left.dtype, 5e-2)
+        error, tolerance = relative_error(left, right), TOLERANCE.get(left.dtype, 5e-2)
         if not error <= tolerance:
             raise NMError(
                 f"call {number}: the lowered model's output differs from the folded model's by "

@@ -43,9 +43,9 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def bake(model: nn.Module) -> None:
-    """Writes the masks into all weights that are still dense, and restores their modules."""
+    """Writes the masks into all weights that are not lowered, and restores their modules."""
     for ref in iter_sites(model):
-        if ref.site.state != "packed":
+        if not ref.site.lowered:
             ref.parameter.copy_(masked_weight(ref))
     restore(model)
 

@@ -1,245 +1,227 @@
-"""nmfx.lower: from trained, masked weights to packed ones.
+"""nmfx.lower: from trained, masked weights to the fastest form this machine has for each.
 
     sparsified layer, or a weight that satisfies N:M
-        linear  -> pack (checked bit for bit), nmfx::linear_nm instead of linear
-        other   -> folded: dense, with exact zeros, and the reason in the report
+        fold        zeros baked in, original classes
+        measure     dense, prepacked dense, packed: on the inputs the layer really meets
+        swap        the fastest; dense where nothing beats it, with the reason in the report
+        measure     the whole model against the folded one; dense again if that is not faster
 
-This first form packs every linear layer that has a pattern. Its kernel is the reference in plain
-torch, which unpacks on every call: exact, smaller, and slower than dense.
+Nothing is written before the example inputs have run once. From then on, whatever interrupts it,
+the model is a whole folded model again: `capture/lowering.py` says how.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from .calls import compare_outputs, evaluation_mode, parse_calls
-from .capture.candidates import Candidate, find_candidates
-from .capture.graph_module import find_graph_uses, masked_uses
-from .capture.install import check_classes, refresh
-from .capture.leaf import trace_leaf
-from .capture.site import (
-    HOLDER,
-    SITES,
-    SKIPPED,
-    Holder,
-    Site,
-    SiteRef,
-    get_path,
-    holder_of,
-    iter_sites,
-    packed_names,
-)
-from .capture.snapshot import restored_on_error
-from .errors import NMError
-from .fold import bake, masked_weight
-from .graph.rewrite import can_pack
-from .mask import as_bits
-from .packing import detect_pattern, pack, packed_bytes, unpack
-from .pattern import Pattern
+from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
+from .capture.install import check_classes, install_guards
+from .capture.lowering import Target, Undo
+from .capture.site import MEASURED, SKIPPED, get_path, iter_sites, packed_names
+from .fold import bake
+from .plan import make_plan
 from .report import NOTES
+from .tuning import timer
+from .tuning.bench import Bench
+from .tuning.choose import choose
+from .tuning.decide import DENSE, PACKED, TIE, Choice
+from .tuning.hardware import kernel_status
+from .tuning.memory import Returning
+from .tuning.progress import progress
+from .tuning.shapes import Recorder, Seen
+from .tuning.table import ASSUMED
 
-_SLOW = (
-    "packed layers run the reference kernel in plain torch, which unpacks the weight on every "
-    "call: smaller than dense, and slower. Nothing was timed."
-)
+_UNTIMED = "tune=False: every layer that can be packed is packed. Nothing was timed."
 _NOTHING_PACKED = (
     "nothing was packed: the N:M layers of this model have no packed kernel yet, so they are "
     "folded (dense, with exact zeros)."
 )
+_ONE_COPY = "in place, prepacked dense is no candidate: it would keep every weight twice"
+_WHOLE_BUDGET_S = 1.0
 
 
-def lower(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False) -> nn.Module:
-    """A packed inference model: weights in N:M form, everything else as `nmfx.fold` leaves it.
+def lower(
+    model: nn.Module, example_inputs: Any = None, *, inplace: bool = False, tune: bool = True
+) -> nn.Module:
+    """An inference model in which each N:M layer has the form that is fastest on this machine.
 
-    Takes sparsified and folded models, in train or eval mode, partly dense. The result computes
-    what the folded model computes, within rounding; it gives gradients to its inputs and to what
-    stayed dense, and refuses gradients of packed weights. Its state_dict holds plain tensors,
-    `weight_values` and `weight_index` in place of `weight`. Every layer that stays dense says why
-    in `nmfx.report`.
+    Takes sparsified and folded models, in train or eval mode, partly dense. Layers are timed cold
+    or warm as the model's size demands, and dense wins ties, so the result is not slower than the
+    folded model, whose outputs it computes, within rounding. Gradients reach inputs and dense
+    weights, and are refused for packed ones. The state_dict holds plain tensors: `weight_values`
+    and `weight_index` in place of the `weight` of a packed layer. `nmfx.report` tells for each
+    layer what was measured, what was chosen and why.
 
     Args:
         model: a sparsified model, or one whose weights satisfy an N:M pattern.
         example_inputs: a tuple is one call's arguments, a dict one call's keywords, a list several
-            calls. Each is run, in eval mode, before and after, and the outputs are compared.
-        inplace: lower `model` itself and free its dense weights.
+            calls (a prompt and a decoding step, say). They are run in eval mode, give the shapes
+            that layers are timed on, and their outputs are compared before and after. Without
+            them, 1, 8 and 128 rows are assumed.
+        inplace: lower `model` itself, layer by layer, and free its dense weights as it goes.
+        tune: False packs every layer that can be packed without timing anything.
 
     Returns:
         The lowered model: a deep copy, or `model`.
 
     Raises:
         NMError: no weight is N:M sparse, a weight on the meta device, or outputs that differ.
-            Nothing is changed then.
+            With `inplace`, an error or interruption after the example inputs have run once leaves
+            a whole folded model; in all other cases nothing is changed.
     """
     calls = parse_calls(example_inputs)
     check_classes(model)
-    _plan(model)  # refuse before a copy is made
+    make_plan(model)  # refuse before a copy is made
     model = model if inplace else copy.deepcopy(model)
-    plan, dense = _plan(model)
-    with evaluation_mode(model, calls):
-        expected = [model(*args, **kwargs) for args, kwargs in calls]
-    with restored_on_error(module for entry in plan for module in _touched(entry)):
-        for entry in plan:
-            _pack_layer(entry)
-        with evaluation_mode(model, calls):
-            for number, (args, kwargs) in enumerate(calls):
-                compare_outputs(expected[number], model(*args, **kwargs), number)
-    bake(model)
-    for candidate, reason in dense:
-        candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
-    model.__dict__[NOTES] = (_SLOW if plan else _NOTHING_PACKED,)
+    plan = make_plan(model)
+    packed = {name for ref in iter_sites(model) for name in packed_names(ref.name)}
+    with undisturbed(model, packed.__contains__), evaluation_mode(model, calls):
+        hosts = {entry.candidate.name: entry.candidate for entry in plan.entries}
+        recorder = Recorder({name: get_path(c.host, c.path) for name, c in hosts.items()})
+        expected = run_calls(model, calls)
+        if tune and hosts:
+            with recorder:  # a run of its own: torch's fused paths step aside for any observer
+                run_calls(model, calls)
+        undo = None
+        try:
+            bake(model)
+            targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
+            undo = Undo(targets)
+            job = _Job(model, calls, expected, targets, undo, recorder.seen, inplace)
+            notes = _tune(job) if tune else _pack_all(job)
+            for candidate, reason in plan.dense:
+                candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
+            model.__dict__[NOTES] = tuple(notes)
+        except BaseException:  # Ctrl-C too
+            if undo is not None:
+                undo()
+            bake(model)
+            model.__dict__.pop(NOTES, None)
+            raise
     return model
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A layer to pack: its candidate, its pattern, and its site if it is sparsified."""
+class _Job:
+    """A folded model, what is to be lowered in it, and what its example inputs told."""
 
-    candidate: Candidate
-    pattern: Pattern
-    ref: SiteRef | None
+    model: nn.Module
+    calls: list[Call]
+    expected: list[Any]
+    targets: list[Target]
+    undo: Undo
+    seen: Mapping[str, Mapping[Seen, int]]
+    inplace: bool
 
 
-def _plan(model: nn.Module) -> tuple[list[_Entry], list[tuple[Candidate, str]]]:
-    """(layers to pack, layers that stay dense with the reason); changes nothing.
+def _pack_all(job: _Job) -> list[str]:
+    memory = Returning()
+    for target in progress(job.targets, "packing"):
+        target.pack()
+        memory.freed(target.bytes)
+    memory.now()
+    _check(job)
+    if not job.targets:
+        return [_NOTHING_PACKED]
+    return [_UNTIMED, kernel_status()]
 
-    Raises:
-        NMError: no weight of the model is N:M sparse.
-    """
-    refs = {ref.name: ref for ref in iter_sites(model)}
-    plan: list[_Entry] = []
-    dense: list[tuple[Candidate, str]] = []
-    any_sparse = False
-    for candidate in find_candidates(model):
-        ref = refs.get(candidate.name)
-        if ref is not None and ref.site.state == "packed":
-            continue
-        pattern, reason = _outcome(candidate, ref)
-        any_sparse |= pattern is not None
-        if pattern is not None and reason is None:
-            plan.append(_Entry(candidate, pattern, ref))
-        else:
-            assert reason is not None
-            dense.append((candidate, _for_report(candidate, ref, reason)))
-    if not any_sparse:
-        name = type(model).__name__
-        raise NMError(
-            f"nmfx.lower: no weight of {name} is N:M sparse"
-            + (f"; the first of {len(dense)}, {dense[0][0].name}: {dense[0][1]}" if dense else "")
+
+def _tune(job: _Job) -> list[str]:
+    """Lowers each layer as measured; the notes for the report."""
+    if not job.targets:
+        return [_NOTHING_PACKED]
+    bench, dense_ms = Bench(job.model), _whole(job)
+    memory = Returning()
+    choices: dict[Target, Choice] = {}
+    for target in progress(job.targets, "measuring"):
+        choices[target] = _choose(job, bench, target)
+        _apply(target, choices[target])
+        memory.freed(target.bytes)
+    memory.now()
+    _check(job)
+    notes = [] if job.calls else [ASSUMED]
+    lowered_ms = _whole(job)
+    if dense_ms is not None and lowered_ms is not None:
+        ratio = dense_ms / lowered_ms
+        notes.append(
+            f"whole model: dense {dense_ms:.3f} ms, lowered {lowered_ms:.3f} ms ({ratio:.2f}x)"
         )
-    return plan, dense
+        if ratio * (1 + TIE) < 1 and any(c.name != DENSE for c in choices.values()):
+            if _is_slower(job, lowered_ms):
+                notes.append("lowered, the whole model is slower than dense, so it stays dense")
+                choices = {target: _kept(choice) for target, choice in choices.items()}
+            else:
+                for target, choice in choices.items():
+                    _apply(target, choice)
+                _check(job)
+    for target, choice in choices.items():
+        _note(target, choice)
+    return [*notes, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]
 
 
-def _outcome(candidate: Candidate, ref: SiteRef | None) -> tuple[Pattern | None, str | None]:
-    """(the pattern of a layer or None, why it stays dense or None)."""
-    if ref is None and candidate.obstacle is not None:
-        return None, candidate.obstacle
-    weight = get_path(candidate.host, candidate.path)
-    if weight.is_meta:
-        raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
-    pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern
-    if pattern is None:
-        return None, "its weight satisfies no N:M pattern that would make it smaller"
-    return pattern, _obstacle_to_packing(candidate, ref, pattern, weight)
+def _choose(job: _Job, bench: Bench, target: Target) -> Choice:
+    return choose(
+        bench,
+        target.candidate,
+        target.weight,
+        target.pattern,
+        job.seen[target.candidate.name] if job.calls else None,
+        prepack=not job.inplace,
+    )
 
 
-def _obstacle_to_packing(
-    candidate: Candidate, ref: SiteRef | None, pattern: Pattern, weight: Tensor
-) -> str | None:
-    if candidate.kind not in ("linear", "addmm"):
-        return f"{candidate.kind} has no packed kernel yet"
-    if candidate.capture == "scoped":
-        return "its weight is not read by a traced linear"
-    rows = weight.shape[1 - candidate.dim]
-    itemsize = weight.dtype.itemsize
-    if packed_bytes(rows, candidate.reduced, pattern, itemsize) >= weight.numel() * itemsize:
-        return f"packed as {pattern} it would not be smaller"
-    return _unpackable_graph(candidate, ref)
+def _kept(choice: Choice) -> Choice:
+    """A layer that stays dense because the whole model is faster so."""
+    if choice.name == DENSE:
+        return choice
+    reason = f"{choice.reason}, but lowered the whole model is slower"
+    return replace(choice, name=DENSE, ms=choice.ms_dense, reason=reason)
 
 
-def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
-    """A layer that was never sparsified keeps the reason it has."""
-    if ref is not None:
-        return f"{reason}; folded"
-    return candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, reason)
+def _apply(target: Target, choice: Choice) -> None:
+    if choice.name == PACKED:
+        target.pack()
+    elif choice.name != DENSE:
+        target.prepack()
 
 
-def _unpackable_graph(candidate: Candidate, ref: SiteRef | None) -> str | None:
-    if candidate.capture == "leaf":
-        _, uses, _ = trace_leaf(candidate.host)
-        return can_pack(uses)
-    gm = candidate.host
-    assert isinstance(gm, fx.GraphModule)
-    uses = find_graph_uses(gm)[candidate.path] if ref is None else masked_uses(gm, candidate.path)
-    return can_pack(uses, lambda node: _is_bias(gm, node, candidate))
+def _note(target: Target, choice: Choice) -> None:
+    """Leaves the reason and the measurement on the layer, for the report."""
+    fields, path = target.candidate.host.__dict__, target.candidate.path
+    reason = f"{choice.reason}; folded" if choice.name == DENSE else choice.reason
+    fields.setdefault(SKIPPED, {})[path] = reason
+    if choice.rows:
+        fields.setdefault(MEASURED, {})[path] = (choice.rows, choice.ms_dense, choice.ms)
 
 
-def _is_bias(gm: fx.GraphModule, node: fx.Node, candidate: Candidate) -> bool:
-    outputs = candidate.shape[1 - candidate.dim]
-    return node.op == "get_attr" and get_path(gm, str(node.target)).shape == (outputs,)
+def _check(job: _Job) -> None:
+    """Compares outputs with those of before, if any layer is lowered."""
+    hosts = {target.candidate.host for target in job.targets if target.state != DENSE}
+    install_guards(job.model, hosts)
+    if hosts:
+        for number, output in enumerate(run_calls(job.model, job.calls)):
+            compare_outputs(job.expected[number], output, number)
 
 
-@torch.no_grad()
-def _pack_layer(entry: _Entry) -> None:
-    """Swaps one layer's weight for packed buffers."""
-    host = entry.candidate.host
-    owner, name = _owner(entry)
-    weight = getattr(owner, name).detach()
-    dense = weight if entry.ref is None else masked_weight(entry.ref)
-    rows = dense if entry.candidate.dim == 1 else dense.t()
-    values, index = pack(rows, entry.pattern)
-    if not torch.equal(as_bits(unpack(values, index, *rows.shape, entry.pattern)), _bits(rows)):
-        raise AssertionError(f"{entry.candidate.name}: packing is not exact, please report this")
-
-    store = _store(entry)
-    for buffer_name, tensor in zip(packed_names(name), (values, index), strict=True):
-        owner.register_buffer(buffer_name, tensor)
-    sites = list(store.__dict__.get(SITES, ()))
-    if entry.ref is None:
-        sites.append(_packed_site(entry))
-    else:
-        sites[entry.ref.index] = _packed_site(entry)
-    store.__dict__[SITES] = sites
-    refresh(host, store)  # while the weight still exists: graph uses are found by its name
-    del owner._parameters[name]
+def _whole(job: _Job) -> float | None:
+    """Milliseconds of all calls together, or None without calls."""
+    if not job.calls:
+        return None
+    runs = {"model": lambda: run_calls(job.model, job.calls)}
+    return timer.measure(runs, budget_s=_WHOLE_BUDGET_S)["model"]
 
 
-def _bits(rows: Tensor) -> Tensor:
-    # A -0.0 that somebody else's pruning left unpacks to +0.0, and that is the only change allowed.
-    return as_bits(torch.where(rows == 0, 0.0, rows))
+def _is_slower(job: _Job, lowered: float) -> bool:
+    """Undoes everything and asks again: the machine may have been slow for a moment.
 
-
-def _touched(entry: _Entry) -> list[nn.Module]:
-    host, holder = entry.candidate.host, holder_of(entry.candidate.host)
-    return [host, _owner(entry)[0], *([holder] if holder is not None else [])]
-
-
-def _owner(entry: _Entry) -> tuple[nn.Module, str]:
-    owner_path, _, name = entry.candidate.path.rpartition(".")
-    host = entry.candidate.host
-    return (get_path(host, owner_path) if owner_path else host), name
-
-
-def _packed_site(entry: _Entry) -> Site:
-    c = entry.candidate
-    if entry.ref is not None:
-        return replace(entry.ref.site, state="packed", attached=None)
-    return Site(c.path, c.shape, c.dim, c.reduced, entry.pattern, 0.0, c.kind, c.capture, "packed")
-
-
-def _store(entry: _Entry) -> nn.Module:
-    if entry.ref is not None:
-        return entry.ref.store
-    host = entry.candidate.host
-    if entry.candidate.capture != "graph":
-        return host
-    holder = holder_of(host)
-    if holder is None:
-        holder = Holder()
-        holder.__dict__[SITES] = []
-        host._modules[HOLDER] = holder
-    return holder
+    It happens where a model has a fused path for its dense layers only.
+    """
+    job.undo()
+    bake(job.model)  # and the guards over packed layers
+    again = _whole(job)
+    return again is not None and lowered > again * (1 + TIE)

@@ -58,6 +58,11 @@ def packed_bytes(rows: int, cols: int, pattern: Pattern, itemsize: int) -> int:
     return torch.Size(values).numel() * itemsize + torch.Size(index).numel() * 4
 
 
+def makes_smaller(columns: int, pattern: Pattern, itemsize: int) -> bool:
+    """Whether rows take fewer bytes packed; what fills up the last block is not counted."""
+    return packed_bytes(BLOCK, columns, pattern, itemsize) < BLOCK * columns * itemsize
+
+
 def pack(weight: Tensor, pattern: PatternLike) -> tuple[Tensor, Tensor]:
     """Packs a (rows, cols) weight that satisfies N:M along its columns.
 
@@ -160,7 +165,7 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     """The pattern that packs a weight into the fewest bytes, found in the weight itself.
 
     Args:
-        weight: a 2-D weight, pruned by anyone.
+        weight: a weight, pruned by anyone.
         dim: the grouped dimension.
 
     Returns:
@@ -168,22 +173,20 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     """
     nonzero = weight.detach() != 0
     size, itemsize = weight.shape[dim], weight.dtype.itemsize
-    best, best_bytes = None, weight.numel() * itemsize
+    best, best_bytes = None, BLOCK * size * itemsize  # of one block: all blocks are alike
     # A pattern that saves anything keeps fewer than all: a dense weight is out after one pass.
     if not weight.numel() or int(nonzero.sum()) == weight.numel():
         return None
     for m in range(2, min(size, MAX_M) + 1):
         if size % m == 0:
             n = max(1, int(nonzero.unflatten(dim, (-1, m)).sum(dim + 1).max()))
-            size_in_bytes = packed_bytes(weight.numel() // size, size, Pattern(n, m), itemsize)
+            size_in_bytes = packed_bytes(BLOCK, size, Pattern(n, m), itemsize)
             if size_in_bytes < best_bytes:
                 best, best_bytes = Pattern(n, m), size_in_bytes
     return best
 
 
-def check_packed(
-    values: Tensor, index: Tensor, rows: int, cols: int, pattern: PatternLike
-) -> None:
+def check_packed(values: Tensor, index: Tensor, rows: int, cols: int, pattern: PatternLike) -> None:
     """Checks tensors that claim to be a packed weight, so that no kernel reads out of bounds.
 
     Raises:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import SKIPPED, get_path, packed_names
+from .capture.site import MEASURED, SKIPPED, get_path, packed_names
 from .errors import NMError
 from .ops.sr_ste import UNFUSED_REASON
 from .pattern import Pattern
@@ -31,12 +31,16 @@ class Row:
         kind: "linear", "addmm", "conv", "conv_transpose", or the class of what nmfx leaves alone.
         shape: of the dense weight.
         pattern: the pattern in force, or None for a dense layer.
-        state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed" or "dense".
+        state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed", "prepacked"
+            (dense, with a copy in oneDNN's layout) or "dense"; from `nmfx.preview`, "would pack",
+            "would prepack" or "dense".
         capture: "leaf", "scoped" or "graph" for rewritten layers, else "".
-        lambda_w: strength of the SR-STE decay; None for a dense or packed layer.
+        lambda_w: strength of the SR-STE decay; None for a dense or lowered layer.
         attached: whether an optimizer applies the decay (`nmfx.attach`).
-        bytes_dense, bytes: of the dense weight, and as it is stored now.
+        bytes_dense, bytes: of the dense weight, and as it is stored now, with all copies.
         reason: why the layer is as it is, where that needs one.
+        rows: numbers of rows it was timed with; empty if it was not.
+        ms_dense, ms_chosen: milliseconds that the timed calls take, dense and as chosen.
     """
 
     fqn: str
@@ -50,6 +54,16 @@ class Row:
     bytes_dense: int
     bytes: int
     reason: str
+    rows: tuple[int, ...] = ()
+    ms_dense: float | None = None
+    ms_chosen: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as dense the layer is as chosen; None if it was not timed."""
+        if self.ms_dense is None or not self.ms_chosen:
+            return None
+        return self.ms_dense / self.ms_chosen
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,11 @@ class Report:
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("parameter", "kind", "shape", "pattern", "state", "bytes", "reason"):
-            table.add_column(name, justify="right" if name == "bytes" else "left", no_wrap=True)
+        timed = any(row.rows for row in self.rows)
+        left = ("parameter", "kind", "shape", "pattern", "state")
+        for name in (*left, "bytes", *(_TIMES if timed else ()), "reason"):
+            justify = "left" if name in (*left, "reason") else "right"
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
             table.add_row(
                 escape(row.fqn),  # globs and names may look like rich's markup: [a-z]
@@ -93,6 +110,7 @@ class Report:
                 "-" if row.pattern is None else row.pattern.text,
                 row.state,
                 f"{row.bytes:,}",
+                *(_times(row) if timed else ()),
                 escape(row.reason),
             )
         return table
@@ -125,6 +143,16 @@ class Report:
         ]
 
 
+_TIMES = ("rows", "ms dense", "ms chosen", "ratio")
+
+
+def _times(row: Row) -> list[str]:
+    if row.ratio is None:
+        return ["-"] * len(_TIMES)
+    rows = ",".join(map(str, row.rows))
+    return [rows, f"{row.ms_dense:.3f}", f"{row.ms_chosen:.3f}", f"{row.ratio:.2f}x"]
+
+
 def report(model: nn.Module) -> Report:
     """One row per linear and conv weight of any model: pattern, state, or the reason it is dense.
 
@@ -145,6 +173,7 @@ def report(model: nn.Module) -> Report:
 def _row(candidate: Candidate) -> Row:
     site = candidate.site
     reason = candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, "")
+    times = candidate.host.__dict__.get(MEASURED, {}).get(candidate.path, ())
     dense = _numel(candidate.shape) * _itemsize(candidate)
     if site is None:
         return Row(
@@ -159,8 +188,8 @@ def _row(candidate: Candidate) -> Row:
             dense,
             dense,
             reason or candidate.obstacle or "not sparsified",
+            *times,
         )
-    packed = site.state == "packed"
     return Row(
         candidate.name,
         candidate.kind,
@@ -168,11 +197,12 @@ def _row(candidate: Candidate) -> Row:
         site.pattern,
         site.state,
         site.capture,
-        None if packed else site.lambda_w,
+        None if site.lowered else site.lambda_w,
         site.attached is not None,
         dense,
         _stored_bytes(candidate, dense),
         reason or _explanation(candidate),
+        *times,
     )
 
 
@@ -197,6 +227,8 @@ def _itemsize(candidate: Candidate) -> int:
 
 def _stored_bytes(candidate: Candidate, dense: int) -> int:
     assert candidate.site is not None
+    if candidate.site.state == "prepacked":
+        return 2 * dense
     if candidate.site.state != "packed":
         return dense
     buffers = [get_path(candidate.host, name) for name in packed_names(candidate.path)]

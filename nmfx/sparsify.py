@@ -12,6 +12,7 @@ from .capture.graph_module import rewrite_graph
 from .capture.install import check_classes, class_for, install_guards, remove
 from .capture.site import (
     HOLDER,
+    MEASURED,
     SITES,
     SKIPPED,
     Holder,
@@ -58,7 +59,7 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
     decisions = decide(model, find_candidates(model), parse_rules(rules))
-    _check_existing(decisions)
+    check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     if not chosen:
         raise NMError(_nothing(model, decisions))
@@ -91,7 +92,7 @@ def unsparsify(model: nn.Module) -> nn.Module:
         `model` itself.
 
     Raises:
-        NMError: nothing is sparsified, or a layer was lowered (its dense weight is gone).
+        NMError: nothing is sparsified, or a layer was lowered (its pruned weights are gone).
     """
     _check_model(model)
     check_classes(model)
@@ -99,8 +100,10 @@ def unsparsify(model: nn.Module) -> nn.Module:
     for fqn, module in model.named_modules():
         for site in [*module.__dict__.get(SITES, ()), *_graph_sites(module)]:
             found = True
-            if site.state == "packed":
-                raise NMError(f"{fqn or 'model'}: {site.path} is packed; its dense weight is gone")
+            if site.lowered:
+                raise NMError(
+                    f"{fqn or 'model'}: {site.path} is {site.state}; its dense weight is gone"
+                )
     if not found:
         raise NMError(f"nmfx.unsparsify: {type(model).__name__} has no sparsified layer")
     restore(model)
@@ -108,11 +111,13 @@ def unsparsify(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> None:
-    """Removes everything nmfx from a model, except from layers that are packed."""
+    """Removes everything nmfx from a model, except from layers that are lowered."""
     for module in list(model.modules()):
         remove(module)
         module.__dict__.pop(SKIPPED, None)
-    install_guards(model, {ref.host for ref in iter_sites(model)})  # over packed layers
+        if SITES not in module.__dict__:
+            module.__dict__.pop(MEASURED, None)
+    install_guards(model, {ref.host for ref in iter_sites(model)})  # over lowered layers
 
 
 def _check_model(model: nn.Module) -> None:
@@ -122,7 +127,8 @@ def _check_model(model: nn.Module) -> None:
         raise NMError(f"nmfx works on an nn.Module, got {type(model).__name__}")
 
 
-def _check_existing(decisions: list[Decision]) -> None:
+def check_existing(decisions: list[Decision]) -> None:
+    """Refuses another pattern than a layer has already."""
     for decision in decisions:
         site, pattern = decision.candidate.site, decision.pattern
         if site is not None and pattern is not None and site.pattern != pattern:
@@ -146,7 +152,17 @@ def _nothing(model: nn.Module, decisions: list[Decision]) -> str:
 def _new_site(decision: Decision, lambda_w: float) -> Site:
     c: Candidate = decision.candidate
     assert decision.pattern is not None
-    return Site(c.path, c.shape, c.dim, c.reduced, decision.pattern, lambda_w, c.kind, c.capture)
+    return Site(
+        c.path,
+        c.shape,
+        c.dim,
+        c.reduced,
+        decision.pattern,
+        lambda_w,
+        c.kind,
+        c.capture,
+        groups=c.groups,
+    )
 
 
 def _graph_sites(module: nn.Module) -> list[Site]:

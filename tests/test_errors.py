@@ -55,7 +55,7 @@ def frozen() -> nn.Module:
 
 
 def lowered() -> nn.Module:
-    return nmfx.lower(nmfx.sparsify(Net(), "1:4"))
+    return nmfx.lower(nmfx.sparsify(Net(), "1:4"), tune=False)
 
 
 def meta() -> nn.Module:
@@ -96,7 +96,7 @@ def other(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def wrong_lower(inputs: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: nmfx.lower(model, inputs)
+    return lambda model: nmfx.lower(model, inputs, tune=False)
 
 
 def rules(rules: Any) -> Callable[[nn.Module], Any]:
@@ -524,7 +524,7 @@ def test_failing_inputs_of_lower_raise_what_the_model_raises() -> None:
     before = snapshot(model)
     for inputs in ((), (torch.zeros(2, 9),), {"y": torch.zeros(2, 8)}):
         with pytest.raises((TypeError, RuntimeError)):
-            nmfx.lower(model, inputs, inplace=True)
+            nmfx.lower(model, inputs, inplace=True, tune=False)
         assert snapshot(model) == before
 
 

@@ -184,7 +184,7 @@ def test_graph_copies_are_independent(make: Make, how: str, state: str) -> None:
         nmfx.freeze(gm)
         with torch.no_grad():
             gm.w.neg_().add_(0.3)
-    gm = nmfx.lower(gm) if state == "packed" else gm
+    gm = nmfx.lower(gm, tune=False) if state == "packed" else gm
     twin = copy.deepcopy(gm) if how == "deepcopy" else pickle.loads(pickle.dumps(gm))
     assert torch.equal(twin(X), gm(X))
     assert list(twin.state_dict()) == list(gm.state_dict())
@@ -267,7 +267,7 @@ def test_graph_lowers(make: Make, in_graph: int, first: str) -> None:
     gm = nmfx.sparsify(make(Functional()), {**ALL, "": "1:4", "?*": "1:4"})
     expected = gm(X)
     source = nmfx.fold(gm) if first == "folded" else gm
-    lowered = nmfx.lower(source, (X,))
+    lowered = nmfx.lower(source, (X,), tune=False)
     torch.testing.assert_close(lowered(X), expected)
     rows = {row.fqn: row for row in nmfx.report(lowered)}
     assert {name for name, row in rows.items() if row.state == "packed"} == {
@@ -327,7 +327,7 @@ def test_addmm_that_is_no_linear_layer_is_sparsified_but_not_packed(
     gm = nmfx.sparsify(traced(copy.deepcopy(model)), {"": "1:4"})
     assert torch.equal(gm(x), masked(model, {"w": 0}, 1)(x))
     gm = nmfx.fold(gm) if folded else gm
-    lowered = nmfx.lower(gm, (x,))
+    lowered = nmfx.lower(gm, (x,), tune=False)
     (row,) = nmfx.report(lowered)
     assert row.state == "dense"
     assert row.reason == (reason if folded else f"{reason}; folded")
@@ -414,7 +414,7 @@ def test_a_weight_of_an_uncalled_module_belongs_to_the_graph() -> None:
     (row,) = nmfx.report(gm)
     assert (row.fqn, row.capture) == ("fc.weight", "graph")
     assert torch.equal(gm(X), masked(root, {"fc.weight": 1}, 1)(X))
-    lowered = nmfx.lower(gm, (X,))
+    lowered = nmfx.lower(gm, (X,), tune=False)
     (row,) = nmfx.report(lowered)
     assert (row.fqn, row.state) == ("fc.weight", "packed")
 

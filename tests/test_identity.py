@@ -126,7 +126,7 @@ def test_repr_shows_the_pattern(net: nn.Module) -> None:
     assert "in_proj_weight 2:4 (keep 2 of every 4)" in text
     nmfx.freeze(net)
     assert "2:4 (keep 2 of every 4) frozen" in repr(net.fc)
-    assert "packed" in repr(nmfx.lower(net).fc)
+    assert "packed" in repr(nmfx.lower(net, tune=False).fc)
 
 
 def test_sparsify_touches_no_global_state(dense: Net) -> None:
@@ -150,7 +150,7 @@ def test_sparsify_touches_no_global_state(dense: Net) -> None:
         nmfx.freeze(net)
         nmfx.unfreeze(net)
         nmfx.set_pattern(net, "1:4")
-        nmfx.lower(net, (X,))
+        nmfx.lower(net, (X,), tune=False)
         nmfx.unsparsify(nmfx.sparsify(nmfx.fold(net), "2:4"))
     assert not caught, [str(w.message) for w in caught]
     assert snapshot() == before
@@ -294,7 +294,7 @@ def test_copies_keep_their_state(dense: Net, state: str) -> None:
         with torch.no_grad():
             net.fc.weight.neg_().add_(0.3)  # the fixed mask is no longer that of the weight
     if state == "packed":
-        net = nmfx.lower(net)
+        net = nmfx.lower(net, tune=False)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(twin(X), net(X))
         assert [row.state for row in nmfx.report(twin)] == [row.state for row in nmfx.report(net)]

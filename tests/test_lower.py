@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_timer import PACKED_WINS, install
 from masked_reference import nm_mask
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -80,7 +82,7 @@ def test_lowered_equals_folded(pattern: str, source: str) -> None:
     if source == "frozen":
         nmfx.freeze(model)
     folded = nmfx.fold(model)
-    lowered = nmfx.lower(folded if source == "folded" else model, (X,))
+    lowered = nmfx.lower(folded if source == "folded" else model, (X,), tune=False)
     assert states(lowered) == PACKED
     torch.testing.assert_close(lowered(X), folded(X))
     for name, weight in nmfx.fold(model).named_parameters():
@@ -92,7 +94,7 @@ def test_lowered_equals_folded(pattern: str, source: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_state_dict_holds_plain_packed_tensors(inplace: bool) -> None:
     model = sparse()
-    lowered = nmfx.lower(model, inplace=inplace)
+    lowered = nmfx.lower(model, inplace=inplace, tune=False)
     assert (lowered is model) is inplace
     state = lowered.state_dict()
     assert sorted(state) == sorted(
@@ -107,7 +109,7 @@ def test_state_dict_holds_plain_packed_tensors(inplace: bool) -> None:
     assert state["fc1.weight_values"].shape == (32, 8)
     assert state["fc1.weight_index"].shape == (32, 2)
     assert state["fc1.weight_index"].dtype == torch.uint8
-    twin = nmfx.lower(sparse(), inplace=True)
+    twin = nmfx.lower(sparse(), inplace=True, tune=False)
     twin.load_state_dict(state)
     assert torch.equal(twin.eval()(X), lowered.eval()(X))
 
@@ -115,7 +117,7 @@ def test_state_dict_holds_plain_packed_tensors(inplace: bool) -> None:
 def test_packed_buffers_hold_the_masked_weight() -> None:
     model = sparse("1:4")
     raw = model.fc1.weight.detach().clone()
-    lowered = nmfx.lower(model)
+    lowered = nmfx.lower(model, tune=False)
     packed = unpack(lowered.fc1.weight_values, lowered.fc1.weight_index, 16, Pattern(1, 4))
     assert torch.equal(packed, torch.where(nm_mask(raw, 1, 4, 1), raw, 0.0))
 
@@ -124,18 +126,18 @@ def test_a_copy_leaves_the_model_alone_and_inplace_frees_its_weights() -> None:
     model = sparse()
     state, report = copy.deepcopy(model.state_dict()), str(nmfx.report(model))
     classes = [type(m) for m in model.modules()]
-    nmfx.lower(model, (X,))
+    nmfx.lower(model, (X,), tune=False)
     assert [type(m) for m in model.modules()] == classes
     assert str(nmfx.report(model)) == report
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    nmfx.lower(model, inplace=True)
+    nmfx.lower(model, inplace=True, tune=False)
     assert {name for name, _ in model.named_parameters()} == {
         *("fc1.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"),
     }
 
 
 def test_the_graph_of_a_packed_layer_has_one_linear_nm() -> None:
-    lowered = nmfx.lower(sparse())
+    lowered = nmfx.lower(sparse(), tune=False)
     nodes = [node for node in type(lowered.fc1).nmfx_graph.nodes if node.target is linear_nm]
     assert len(nodes) == 1
     assert not any(node.target is F.linear for node in type(lowered.fc1).nmfx_graph.nodes)
@@ -145,7 +147,7 @@ def test_the_graph_of_a_packed_layer_has_one_linear_nm() -> None:
 
 def test_the_weight_of_a_packed_layer_can_be_read() -> None:
     model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 8), Conv1D(4, 8), nn.Linear(4, 4)), "1:4")
-    folded, lowered = nmfx.fold(model), nmfx.lower(model)
+    folded, lowered = nmfx.fold(model), nmfx.lower(model, tune=False)
     for i in (0, 1):
         assert torch.equal(lowered[i].weight, folded[i].weight)
         assert not isinstance(lowered[i].weight, nn.Parameter)
@@ -162,7 +164,7 @@ def test_lower_keeps_modes_buffers_and_random_state(train: bool) -> None:
     model.drop.train(not train)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = torch.get_rng_state()
-    lowered = nmfx.lower(model, (X,))
+    lowered = nmfx.lower(model, (X,), tune=False)
     assert torch.equal(torch.get_rng_state(), before)
     for one in (model, lowered):
         assert one.training is train
@@ -176,7 +178,7 @@ def test_lower_keeps_modes_buffers_and_random_state(train: bool) -> None:
 
 def test_a_lowered_model_runs_in_train_mode() -> None:
     model = sparse().train()
-    folded, lowered = nmfx.fold(model), nmfx.lower(model, (X,))
+    folded, lowered = nmfx.fold(model), nmfx.lower(model, (X,), tune=False)
     outputs = []
     for one in (folded, lowered):
         torch.manual_seed(0)
@@ -187,7 +189,7 @@ def test_a_lowered_model_runs_in_train_mode() -> None:
 
 def test_gradients_reach_inputs_biases_and_dense_layers() -> None:
     model = sparse().eval()
-    folded, lowered = nmfx.fold(model), nmfx.lower(model)
+    folded, lowered = nmfx.fold(model), nmfx.lower(model, tune=False)
     grads = []
     for one in (folded, lowered):
         x = X.clone().requires_grad_()
@@ -202,7 +204,7 @@ def test_gradients_reach_inputs_biases_and_dense_layers() -> None:
 
 
 def test_gradients_of_packed_weights_are_refused() -> None:
-    lowered = nmfx.lower(sparse()).eval()
+    lowered = nmfx.lower(sparse(), tune=False).eval()
     lowered.fc1.weight_values.requires_grad_()
     with pytest.raises(nmfx.NMError, match="a packed weight has no gradient"):
         lowered(X)
@@ -212,8 +214,8 @@ def test_gradients_of_packed_weights_are_refused() -> None:
 def test_dtypes_before_and_after_lowering(dtype: torch.dtype) -> None:
     model = sparse("1:4").eval()
     folded = nmfx.fold(model).to(dtype)
-    after = nmfx.lower(model).to(dtype)
-    before = nmfx.lower(copy.deepcopy(model).to(dtype), (X.to(dtype),))
+    after = nmfx.lower(model, tune=False).to(dtype)
+    before = nmfx.lower(copy.deepcopy(model).to(dtype), (X.to(dtype),), tune=False)
     for lowered in (before, after):
         assert lowered.fc1.weight_values.dtype == dtype
         assert lowered.fc1.weight_index.dtype == torch.uint8
@@ -250,7 +252,7 @@ def test_example_inputs_are_run_before_and_after(
 
     model = sparse().train()
     monkeypatch.setattr(Mlp, "forward", recorded)
-    nmfx.lower(model, inputs)
+    nmfx.lower(model, inputs, tune=False)
     number = 0 if inputs is None else len(inputs) if isinstance(inputs, list) else 1
     assert len(calls) == 2 * number, "each call once before and once after"
     assert all(not training and not grad for *_, training, grad in calls)
@@ -268,7 +270,7 @@ class Structured(Mlp):
 
 def test_structured_outputs_are_compared() -> None:
     model = nmfx.sparsify(Structured(), "2:4")
-    lowered = nmfx.lower(model, (X,))
+    lowered = nmfx.lower(model, (X,), tune=False)
     assert set(lowered.eval()(X)) == {"logits", "rest", "none"}
 
 
@@ -280,12 +282,17 @@ class NotANumber(Mlp):
 
 
 def test_equal_nan_and_inf_are_no_difference() -> None:
-    nmfx.lower(nmfx.sparsify(NotANumber(), "2:4"), (X,))
+    nmfx.lower(nmfx.sparsify(NotANumber(), "2:4"), (X,), tune=False)
 
 
-class Random(Mlp):
+class Drifts(Mlp):
+    """Gives another output every time, however the random state is kept."""
+
+    runs = 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.rand(())
+        self.runs += 1
+        return super().forward(x) + self.runs
 
 
 class Shrinks(Mlp):
@@ -297,18 +304,37 @@ class Shrinks(Mlp):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_outputs_that_differ_are_an_error_and_undo_everything(inplace: bool) -> None:
-    model = nmfx.sparsify(Random(), "2:4")
-    before = snapshot(model)
+@pytest.mark.parametrize("tune", [False, True])
+def test_outputs_that_differ_are_an_error(
+    inplace: bool, tune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PACKED_WINS)
+    model = nmfx.sparsify(Drifts(), "2:4")
+    before, folded = snapshot(model), nmfx.fold(model)
     with pytest.raises(nmfx.NMError) as error:
-        nmfx.lower(model, [(X,)], inplace=inplace)
+        nmfx.lower(model, [(X,)], inplace=inplace, tune=tune)
     message = str(error.value)
     assert message.startswith("call 0: the lowered model's output differs from the folded model's")
     assert message.endswith("(relative norm), more than 1e-04")
-    assert snapshot(model) == before
+    if inplace:
+        assert_folded(model, folded)
+    else:
+        assert snapshot(model) == before
     with pytest.raises(nmfx.NMError) as error:
-        nmfx.lower(nmfx.sparsify(Shrinks(), "2:4"), (X,))
+        nmfx.lower(nmfx.sparsify(Shrinks(), "2:4"), (X,), tune=False)
     assert str(error.value) == "call 0: the lowered model's outputs have other shapes"
+
+
+class Noisy(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(())
+
+
+def test_random_outputs_are_compared_from_one_random_state() -> None:
+    model = nmfx.sparsify(Noisy(), "2:4")
+    before = torch.get_rng_state()
+    nmfx.lower(model, (X,), tune=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- all or nothing ----------------------------------------------------------------------------
@@ -334,9 +360,37 @@ def snapshot(model: nn.Module) -> Any:
     ], [value.tolist() for value in model.state_dict().values()]
 
 
+def assert_folded(model: nn.Module, folded: nn.Module) -> None:
+    """Whether a model is what `nmfx.fold` makes of it, but for notes."""
+    assert [type(m) for m in model.modules()] == [type(m) for m in folded.modules()]
+    assert not list(nmfx_attributes(model)), "something of nmfx is left"
+    state, expected = model.state_dict(), folded.state_dict()
+    assert list(state) == list(expected), "other keys, or another order"
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), f"{name}: not the folded weight"
+    parameters = dict(model.named_parameters())
+    for name, parameter in folded.named_parameters():
+        assert parameters[name].requires_grad == parameter.requires_grad, name
+
+
+def nmfx_attributes(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        yield from (f"{name}.{key}" for key in module.__dict__ if key.startswith("_nmfx_"))
+
+
+FUNCTIONS = {
+    "pack": ("nmfx.capture.packed", "pack"),
+    "unpack": ("nmfx.capture.packed", "unpack"),
+    "refresh": ("nmfx.capture.lowering", "refresh"),
+    "bake": ("nmfx.lower", "bake"),
+    "compare_outputs": ("nmfx.lower", "compare_outputs"),
+}
+
+
 def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseException) -> None:
     """Lets the `at`-th call of a function that lower uses raise."""
-    module = sys.modules["nmfx.lower"]
+    module_name, name = FUNCTIONS[name]
+    module = sys.modules[module_name]
     original, calls = getattr(module, name), [0]
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -350,31 +404,36 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: BaseExce
 
 @pytest.mark.parametrize(
     ("name", "at"),
-    [("pack", 1), ("pack", 2), ("refresh", 2), ("unpack", 2), ("compare_outputs", 1)],
+    [("bake", 1), ("pack", 1), ("pack", 2), ("refresh", 2), ("unpack", 2), ("compare_outputs", 1)],
 )
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("source", ["sparse", "frozen", "folded"])
-def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
+def test_a_failure_in_the_middle_leaves_a_whole_folded_model(
     name: str, at: int, error: BaseException, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sparse().train()
+    model.fc1.weight.requires_grad_(False)
     if source == "frozen":
         nmfx.freeze(model)
     if source == "folded":
         nmfx.fold(model, inplace=True)
-    before, expected = snapshot(model), model.eval()(X)
-    model.train()
-    with monkeypatch.context() as patch:
-        fail_in(patch, name, at, error)
-        with pytest.raises(type(error)):
-            nmfx.lower(model, (X,), inplace=True)
-    assert snapshot(model) == before
-    assert torch.equal(model.eval()(X), expected)
-    nmfx.lower(model, (X,), inplace=True)
-    torch.testing.assert_close(model(X), expected)
+    untouched = copy.deepcopy(model)
+    folded = copy.deepcopy(model) if source == "folded" else nmfx.fold(model)
+    before = snapshot(model)
+    for inplace in (False, True):
+        with monkeypatch.context() as patch:
+            fail_in(patch, name, at, error)
+            with pytest.raises(type(error)):
+                nmfx.lower(model, (X,), inplace=inplace, tune=False)
+        assert all(module.training for module in model.modules())
+        if not inplace:
+            assert snapshot(model) == before
+    assert_folded(model, folded)
+    lowered = nmfx.lower(model, (X,), inplace=True, tune=False).eval()
+    torch.testing.assert_close(lowered(X), untouched.eval()(X))
 
 
-def test_a_failure_in_the_middle_restores_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_folds_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -384,18 +443,18 @@ def test_a_failure_in_the_middle_restores_a_graph(monkeypatch: pytest.MonkeyPatc
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(F.linear(x, self.a), self.b)
 
-    for folded in (False, True):
+    for already in (False, True):
         gm = nmfx.sparsify(torch.fx.symbolic_trace(Two()), {"": "1:4"})
-        gm = nmfx.fold(gm) if folded else gm
-        code, keys, expected = gm.code, list(gm.state_dict()), gm(X)
+        gm = nmfx.fold(gm) if already else gm
+        folded = copy.deepcopy(gm) if already else nmfx.fold(gm)
         with monkeypatch.context() as patch:
             fail_in(patch, "compare_outputs", 1, RuntimeError("boom"))
             with pytest.raises(RuntimeError, match="boom"):
-                nmfx.lower(gm, (X,), inplace=True)
-        assert gm.code == code
-        assert list(gm.state_dict()) == keys
-        assert torch.equal(gm(X), expected)
-        torch.testing.assert_close(nmfx.lower(gm, (X,))(X), expected)
+                nmfx.lower(gm, (X,), inplace=True, tune=False)
+        assert gm.code == folded.code
+        assert list(gm.state_dict()) == list(folded.state_dict())
+        assert torch.equal(gm(X), folded(X))
+        torch.testing.assert_close(nmfx.lower(gm, (X,), tune=False)(X), folded(X))
 
 
 # --- which layers, and why not -----------------------------------------------------------------
@@ -420,7 +479,7 @@ REASONS = {
 def test_every_dense_layer_of_a_lowered_model_has_its_reason() -> None:
     model = mixed()
     x = torch.randn(2, 4, 5)
-    lowered = nmfx.lower(model, (x,))
+    lowered = nmfx.lower(model, (x,), tune=False)
     rows = {row.fqn: row for row in nmfx.report(lowered)}
     assert {name for name, row in rows.items() if row.state == "packed"} == {
         "gpt.weight",
@@ -437,14 +496,14 @@ def test_every_dense_layer_of_a_lowered_model_has_its_reason() -> None:
 
 
 def test_a_layer_that_was_never_sparse_is_not_called_folded() -> None:
-    rows = {row.fqn: row for row in nmfx.report(nmfx.lower(mixed()))}
+    rows = {row.fqn: row for row in nmfx.report(nmfx.lower(mixed(), tune=False))}
     assert rows["dense_conv.weight"].reason == "kept dense by rule 'dense_conv'"
 
 
 def test_partly_dense_models_without_a_sparsified_layer_say_why() -> None:
     model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Linear(8, 8))
     with pytest.raises(nmfx.NMError) as error:
-        nmfx.lower(model)
+        nmfx.lower(model, tune=False)
     assert str(error.value) == (
         "nmfx.lower: no weight of Sequential is N:M sparse; the first of 2, 0.weight: "
         "its weight satisfies no N:M pattern that would make it smaller"
@@ -462,7 +521,7 @@ def test_zeros_that_somebody_else_made_are_found(pattern: str, zero: float) -> N
     model = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 8))
     prune_(model[0].weight, pattern, zero)
     expected, x = model(torch.ones(2, 24)), torch.ones(2, 24)
-    lowered = nmfx.lower(model, (x,))
+    lowered = nmfx.lower(model, (x,), tune=False)
     row, rest = nmfx.report(lowered)
     assert row.state == "packed"
     assert row.bytes < row.bytes_dense
@@ -475,7 +534,7 @@ def test_zeros_that_somebody_else_made_are_found(pattern: str, zero: float) -> N
 def test_an_all_zero_weight_packs() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     nn.init.zeros_(model[0].weight)
-    lowered = nmfx.lower(model, (X,))
+    lowered = nmfx.lower(model, (X,), tune=False)
     assert torch.equal(lowered(X), model(X))
 
 
@@ -486,7 +545,7 @@ def test_hf_conv1d_packs_along_its_rows(bias: bool) -> None:
     nmfx.sparsify(model, {"0": "1:4"})
     expected = model(x)
     for source in (model, nmfx.fold(model)):
-        lowered = nmfx.lower(source, (x,))
+        lowered = nmfx.lower(source, (x,), tune=False)
         (row, _) = nmfx.report(lowered)
         assert (row.state, row.kind, row.shape) == ("packed", "addmm", (16, 8))
         assert lowered[0].weight_values.shape == (8, 4)
@@ -497,7 +556,7 @@ def test_a_module_in_two_places_is_packed_once() -> None:
     shared = nn.Linear(16, 16)
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(16, 4))
     for source in (nmfx.sparsify(model, {"0": "1:4"}), nmfx.fold(model)):
-        lowered = nmfx.lower(source, (X,))
+        lowered = nmfx.lower(source, (X,), tune=False)
         assert lowered[0] is lowered[2]
         assert len(nmfx.report(lowered)) == 2
         torch.testing.assert_close(lowered(X), nmfx.fold(model)(X))
@@ -508,7 +567,7 @@ def test_tied_zeros_stay_dense_with_the_reason() -> None:
     for layer in model:
         prune_(layer.weight, "1:4", 0.0)
     model[1].weight = model[0].weight
-    lowered = nmfx.lower(model, (X,))
+    lowered = nmfx.lower(model, (X,), tune=False)
     assert [row.reason for row in nmfx.report(lowered)] == [
         "its weight is tied to 1.weight",
         "its weight is tied to 0.weight",
@@ -518,10 +577,10 @@ def test_tied_zeros_stay_dense_with_the_reason() -> None:
 
 
 def test_lowering_again_adds_what_was_pruned_since() -> None:
-    lowered = nmfx.lower(sparse("1:4")).eval()
+    lowered = nmfx.lower(sparse("1:4"), tune=False).eval()
     prune_(lowered.head.weight, "2:4", 0.0)
     expected = lowered(X)
-    again = nmfx.lower(lowered, (X,))
+    again = nmfx.lower(lowered, (X,), tune=False)
     assert set(states(again).values()) == {"packed"}
     torch.testing.assert_close(again(X), expected)
 
@@ -530,12 +589,12 @@ def test_an_empty_axis_stays_dense() -> None:
     with pytest.warns(UserWarning, match="zero-element"):
         empty = nn.Linear(0, 16)
     model = nn.ModuleList([empty, nn.Linear(16, 16)])
-    lowered = nmfx.lower(nmfx.sparsify(model, {"?": "1:4"}))
+    lowered = nmfx.lower(nmfx.sparsify(model, {"?": "1:4"}), tune=False)
     assert states(lowered) == {"0.weight": "dense", "1.weight": "packed"}
 
 
 def test_schedule_verbs_on_a_partly_lowered_model_touch_the_rest() -> None:
-    model = nmfx.lower(sparse("1:4"))
+    model = nmfx.lower(sparse("1:4"), tune=False)
     nmfx.sparsify(model, {"head": "2:4"})
     nmfx.set_lambda(model, 0.5)
     nmfx.set_pattern(model, "1:4")
@@ -550,7 +609,7 @@ def test_schedule_verbs_on_a_partly_lowered_model_touch_the_rest() -> None:
 
 
 def test_the_report_of_a_lowered_model_counts_bytes_and_warns_about_speed() -> None:
-    report = nmfx.report(nmfx.lower(sparse()))
+    report = nmfx.report(nmfx.lower(sparse(), tune=False))
     row = report.rows[0]
     assert (row.fqn, row.shape, row.lambda_w) == ("fc1.weight", (32, 16), None)
     assert (row.bytes_dense, row.bytes) == (32 * 16 * 4, 32 * 8 * 4 + 32 * 2)

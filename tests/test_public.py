@@ -28,6 +28,7 @@ PUBLIC = [
     "lower",
     "masks",
     "nm_mask",
+    "preview",
     "report",
     "sad",
     "set_lambda",

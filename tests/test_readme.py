@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from fake_timer import PACKED_WINS, install
 from torch import fx, nn
 
 import nmfx
@@ -28,7 +29,8 @@ def code_lines(gm):
     return [line for line in lines if line.strip()]
 
 
-def test_readme_first_snippet_runs(capsys):
+def test_readme_first_snippet_runs(capsys, monkeypatch):
+    install(monkeypatch, PACKED_WINS)
     names = {"model": Mlp(), "x": torch.randn(3, 64)}
     exec(BLOCKS[0], names)
     assert "fc1.weight" in capsys.readouterr().out, "the report does not list fc1.weight"

@@ -253,8 +253,8 @@ def test_a_lowered_encoder_takes_padding_and_keeps_its_guard(rules: str) -> None
     module = nmfx.sparsify(encoder().eval(), dict.fromkeys(RULES[rules], "1:4"))
     x = torch.randn(3, 4, 8)
     call = {"src": x, "src_key_padding_mask": PADDING}
-    lowered = nmfx.lower(module, call)
-    nmfx.lower(nmfx.fold(module), call)
+    lowered = nmfx.lower(module, call, tune=False)
+    nmfx.lower(nmfx.fold(module), call, tune=False)
     assert "packed" in {row.state for row in nmfx.report(lowered)}
     folded = nmfx.fold(module)
     for twin in (lowered, copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
@@ -268,7 +268,7 @@ def test_a_lowered_encoder_takes_padding_and_keeps_its_guard(rules: str) -> None
 
 def test_packed_layers_keep_their_guard_when_the_rest_is_folded() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    layer = nmfx.lower(nmfx.sparsify(layer, {"linear?": "1:4"}))
+    layer = nmfx.lower(nmfx.sparsify(layer, {"linear?": "1:4"}), tune=False)
     nmfx.sparsify(layer, {"self_attn": "2:4"})
     nmfx.fold(layer, inplace=True)
     with torch.no_grad(), Operators() as seen:

@@ -34,6 +34,7 @@ class Candidate:
         dim: the dimension the consumer sums over.
         reduced: how many elements along `dim` one output sums over.
         capture: "leaf", "scoped" or "graph".
+        groups: of a convolution, else 1.
         obstacle: why it cannot be sparsified with any pattern, or None.
         site: its site, if it is sparsified or packed already.
     """
@@ -47,6 +48,7 @@ class Candidate:
     dim: int = 1
     reduced: int = 0
     capture: str = "leaf"
+    groups: int = 1
     obstacle: str | None = None
     site: Site | None = None
 
@@ -196,9 +198,7 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
         weight = gm.get_parameter(path)
         candidate.obstacle = _tensor_obstacle(weight) or _graph_obstacle(gm, path, uses)
         if candidate.obstacle is None:
-            groups = (
-                max(groups_argument(use.node) for use in uses) if kind == "conv_transpose" else 1
-            )
+            groups = max(map(_groups, uses)) if kind.startswith("conv") else 1
             _measure(candidate, weight, uses[0].consumer.dim, groups)
     # What is sparsified, frozen or packed already reaches its consumer through another node.
     holder = holder_of(gm)
@@ -214,6 +214,11 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
     return sorted(found, key=lambda c: place.get(c.path, place.get(packed_names(c.path)[0], 0)))
 
 
+def _groups(use: Use) -> int:
+    groups = groups_argument(use.node)
+    return groups if isinstance(groups, int) else 1
+
+
 def _graph_obstacle(gm: fx.GraphModule, path: str, uses: list[Use]) -> str | None:
     if len({use.consumer.dim for use in uses}) > 1:
         return "the graph sums over two dimensions of its weight"
@@ -226,7 +231,7 @@ def _take_site(candidate: Candidate, store: nn.Module) -> bool:
     for site in store.__dict__.get(SITES, ()):
         if site.path == candidate.path:
             candidate.site, candidate.shape, candidate.dim = site, site.shape, site.dim
-            candidate.reduced = site.reduced
+            candidate.reduced, candidate.groups = site.reduced, site.groups
             candidate.kind, candidate.capture = site.kind, site.capture
             return True
     return False
@@ -234,7 +239,7 @@ def _take_site(candidate: Candidate, store: nn.Module) -> bool:
 
 def _measure(candidate: Candidate, weight: Tensor, dim: int, groups: int) -> None:
     candidate.shape, candidate.dim = tuple(weight.shape), dim
-    candidate.reduced = weight.shape[dim]
+    candidate.reduced, candidate.groups = weight.shape[dim], groups
     if candidate.kind == "conv_transpose":
         candidate.reduced //= groups
     if candidate.kind.startswith("conv") and candidate.reduced == 1:

@@ -19,11 +19,11 @@ from ..graph.rewrite import (
     insert_keep,
     insert_sr_ste,
     remove_inserted,
-    replace_with_linear_nm,
+    replace_with_packed,
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
-from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, matrix_shape, packed_names
+from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, packed_names
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -87,9 +87,7 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
             continue
         if site.state == "packed":
             values, index = packed_names(site.path)
-            replace_with_linear_nm(
-                gm.graph, uses, values, index, matrix_shape(site), site.pattern
-            )
+            replace_with_packed(gm.graph, uses, values, index, site.shape, site.pattern)
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:

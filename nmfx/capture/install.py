@@ -48,7 +48,7 @@ def check_classes(model: nn.Module) -> None:
 
 
 def refresh(host: nn.Module, store: nn.Module) -> None:
-    """Runs a host as its changed sites say (another M, frozen, packed)."""
+    """Runs a host as its changed sites say (another M, frozen, lowered)."""
     if isinstance(store, Holder):
         assert isinstance(host, fx.GraphModule)
         rewrite_graph(host)
@@ -67,21 +67,21 @@ def install_guards(model: nn.Module, hosts: set[nn.Module]) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    """Restores a module's class and graph and forgets its sites, unless they are packed.
+    """Restores a module's class and graph and forgets its sites, unless they are lowered.
 
     Parameters are not touched.
     """
     holder = holder_of(module)
     if holder is not None:
         assert isinstance(module, fx.GraphModule)
-        packed = [site for site in holder.__dict__[SITES] if site.state == "packed"]
+        packed = [site for site in holder.__dict__[SITES] if site.lowered]
         drop_sites(holder)
         holder.__dict__[SITES] = packed
         rewrite_graph(module)
         if not packed:
             del module._modules[HOLDER]
     if is_generated(type(module)):
-        if any(site.state == "packed" for site in module.__dict__[SITES]):
+        if any(site.lowered for site in module.__dict__[SITES]):
             return
         module.__class__ = base_class(module)
         drop_sites(module)

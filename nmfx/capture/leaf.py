@@ -11,11 +11,12 @@ from ..graph.rewrite import (
     find_uses,
     insert_keep,
     insert_sr_ste,
-    replace_with_linear_nm,
+    replace_with_packed,
+    replace_with_prepacked,
 )
-from ..packing import unpack
 from .generate import base_class, compile_forward, generated_class
-from .site import SITES, Site, control_name, mask_name, matrix_shape, packed_names
+from .packed import unpack_weight
+from .site import COPY, SITES, Site, control_name, mask_name, packed_names
 from .tracer import Untraceable, trace_late_bound
 
 WEIGHT = "weight"
@@ -42,7 +43,7 @@ def trace_leaf(module: nn.Module) -> tuple[fx.Graph, list[Use], dict[str, str]]:
 
 
 def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
-    """The class that runs `module` with its weight masked, fixed or packed, as `site` says.
+    """The class that runs `module` with its weight masked, fixed or lowered, as `site` says.
 
     Raises:
         Untraceable: see `trace_leaf`.
@@ -50,10 +51,10 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     graph, uses, baked = trace_leaf(module)
     members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
     if site.state == "packed":
-        replace_with_linear_nm(
-            graph, uses, *packed_names(WEIGHT), matrix_shape(site), site.pattern
-        )
+        replace_with_packed(graph, uses, *packed_names(WEIGHT), site.shape, site.pattern)
         members["weight"] = property(_unpacked_weight)
+    elif site.state == "prepacked":
+        replace_with_prepacked(graph, uses, COPY)
     elif site.state == "frozen":
         insert_keep(graph, uses, mask_name(0))
     else:
@@ -71,5 +72,5 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
 def _unpacked_weight(self: Any) -> Tensor:
     """The dense weight of a packed layer, for code that reads it; made anew on every access."""
     site = self.__dict__[SITES][0]
-    dense = unpack(self.weight_values, self.weight_index, *matrix_shape(site), site.pattern)
-    return dense if site.dim == 1 else dense.t()
+    values, index = self.weight_values, self.weight_index
+    return unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)

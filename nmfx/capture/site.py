@@ -8,7 +8,8 @@ optimizers see the model they knew.
         _nmfx_sites        [Site, ...]                   the schedule, as Python values
         _nmfx_control0     float64 [lambda_W, N]         the same for the compiled graph
         _nmfx_mask0        bool, only while frozen
-        _nmfx_skipped      {module name below the host: reason}, for the report
+        _nmfx_skipped      {parameter below the host: reason}, for the report
+        _nmfx_measured     {parameter below the host: (rows, ms dense, ms chosen)}, for the report
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class Site:
         lambda_w: the strength of the SR-STE decay, wherever it is applied.
         kind: "linear", "addmm", "conv" or "conv_transpose", how the weight is consumed.
         capture: "leaf", "scoped" or "graph", how the consumer was rewritten.
-        state: "sparse", "frozen" (fixed mask) or "packed" (lowered).
+        state: "sparse", "frozen" (fixed mask), or, lowered, "packed" or "prepacked" (dense, with a
+            copy in oneDNN's layout).
         attached: the token of the optimizer hook that applies the decay, or None (in backward).
+        groups: of a convolution, else 1.
     """
 
     path: str
@@ -52,6 +55,12 @@ class Site:
     capture: str
     state: str = "sparse"
     attached: object | None = None
+    groups: int = 1
+
+    @property
+    def lowered(self) -> bool:
+        """Whether `nmfx.lower` is done with it: no mask, no schedule."""
+        return self.state in ("packed", "prepacked")
 
     @property
     def lambda_in_backward(self) -> float:
@@ -61,6 +70,8 @@ class Site:
 
 SITES = "_nmfx_sites"
 SKIPPED = "_nmfx_skipped"
+MEASURED = "_nmfx_measured"
+COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
 
 
 def control_name(i: int) -> str:
@@ -123,19 +134,15 @@ def add_sites(store: nn.Module, sites: list[Site], devices: list[torch.device]) 
 
 
 def drop_sites(store: nn.Module) -> None:
-    """Removes everything nmfx wrote into a module, except the reasons of skipped layers."""
-    for key in [key for key in store.__dict__ if key.startswith("_nmfx_") and key != SKIPPED]:
+    """Removes everything nmfx wrote into a module, except what is there for the report."""
+    kept = (SKIPPED, MEASURED)
+    for key in [key for key in store.__dict__ if key.startswith("_nmfx_") and key not in kept]:
         del store.__dict__[key]
 
 
 def packed_names(path: str) -> tuple[str, str]:
     """The buffers that replace a parameter when it is packed: (values, index)."""
     return f"{path}_values", f"{path}_index"
-
-
-def matrix_shape(site: Site) -> tuple[int, int]:
-    """(out_features, in_features) of a linear weight, whichever way it lies."""
-    return site.shape[1 - site.dim], site.shape[site.dim]
 
 
 def get_path(module: nn.Module, path: str) -> Any:
@@ -217,7 +224,7 @@ def iter_sites(model: nn.Module) -> Iterator[SiteRef]:
 
 
 def sites_of(model: nn.Module, verb: str) -> list[SiteRef]:
-    """All sites of a model that still have a dense weight.
+    """All sites of a model that are not lowered.
 
     Raises:
         NMError: there are none; `verb` names the call for the message.
@@ -225,7 +232,7 @@ def sites_of(model: nn.Module, verb: str) -> list[SiteRef]:
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.{verb} takes an nn.Module, got {type(model).__name__}")
     found = list(iter_sites(model))
-    refs = [ref for ref in found if ref.site.state != "packed"]
+    refs = [ref for ref in found if not ref.site.lowered]
     if found and not refs:
         raise NMError(
             f"nmfx.{verb}: {type(model).__name__} is lowered, and packed layers have no dense "

@@ -1,4 +1,4 @@
-"""The one rewriting pass, in its three forms.
+"""The one rewriting pass, in its forms.
 
     sr_ste      weight ----------------> linear      becomes
                 weight -> nmfx_sr_ste -> linear      one node per weight, however often it is used
@@ -7,6 +7,11 @@
 
     packed      linear(x, weight, bias)              becomes
                 nmfx_linear_nm(x, values, index, bias, out_features, in_features, n, m)
+                conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
+                nmfx_conv_nm(x, values, index, bias, stride, padding, dilation, groups, shape, n, m)
+
+    prepacked   linear(x, weight, bias)              becomes
+                nmfx_linear_prepacked(x, weight, bias, copy, transposed)
 
 Requires: weights reach their consumers straight from a placeholder or get_attr node.
 Ensures: consumers outside the table, and nodes that are no consumers, are left as they were.
@@ -16,14 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
+from ..ops.conv_nm import conv_nm
 from ..ops.keep import keep
 from ..ops.linear_nm import linear_nm
+from ..ops.linear_prepacked import linear_prepacked
 from ..ops.sr_ste import sr_ste
 from ..pattern import Pattern
-from .table import Consumer, argument, consumer_of
+from .table import Consumer, argument, consumer_of, conv_arguments
 
 
 @dataclass(frozen=True)
@@ -88,46 +96,68 @@ def remove_inserted(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None) -> 
     return len(nodes)
 
 
-def replace_with_linear_nm(
+def replace_with_packed(
     graph: fx.Graph,
     uses: Iterable[Use],
     values: str,
     index: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     pattern: Pattern,
 ) -> None:
-    """Replaces linear and addmm consumers of a weight by linear_nm on packed attributes.
+    """Replaces the consumers of a weight of `shape` by linear_nm or conv_nm on packed attributes.
 
-    `shape` is (out_features, in_features), whichever way the dense weight lies.
     `addmm` is taken as (bias, input, weight) with alpha = beta = 1: check with `can_pack`.
     """
     for use in uses:
         node = use.node
+        target: Callable[..., object] = linear_nm
+        rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
         if use.consumer.family == "addmm":
-            inputs = argument(node, 1, "mat1")
-            bias = _added(node)
+            inputs, bias = argument(node, 1, "mat1"), _added(node)
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
+        if use.consumer.family == "conv":
+            arguments = conv_arguments(node.target, node.args, node.kwargs)
+            target, rest = conv_nm, (*arguments.values(), tuple(shape))
         with graph.inserting_before(node):
             packed = [graph.create_node("get_attr", name) for name in (values, index)]
-            call = graph.call_function(
-                linear_nm, (inputs, *packed, bias, *shape, pattern.n, pattern.m)
-            )
+            call = graph.call_function(target, (inputs, *packed, bias, *rest, pattern.n, pattern.m))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
         if not use.weight.users:
             graph.erase_node(use.weight)
 
 
+def replace_with_prepacked(graph: fx.Graph, uses: Iterable[Use], copy: str) -> None:
+    """Replaces linear and addmm consumers of a weight by linear_prepacked with attribute `copy`.
+
+    The weight stays where it was. Check with `can_pack`, as for `replace_with_packed`.
+    """
+    for use in uses:
+        node = use.node
+        transposed = use.consumer.family == "addmm"
+        if transposed:
+            inputs, bias = argument(node, 1, "mat1"), _added(node)
+        else:
+            inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
+        with graph.inserting_before(node):
+            store = graph.create_node("get_attr", copy)
+            call = graph.call_function(
+                linear_prepacked, (inputs, use.weight, bias, store, transposed)
+            )
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
 def can_pack(
     uses: Iterable[Use], is_bias: Callable[[fx.Node], bool] = lambda node: node.op == "get_attr"
 ) -> str | None:
-    """None if `replace_with_linear_nm` can take all uses of a weight, else the reason why not.
+    """None if `replace_with_packed` can take all uses of a weight, else the reason why not.
 
     `is_bias` tells which nodes are vectors of one value per output: addmm adds anything.
     """
     for use in uses:
-        if use.consumer.family not in ("linear", "addmm"):
+        if use.consumer.family not in ("linear", "addmm", "conv"):
             return f"{use.consumer.family} has no packed kernel yet"
         if set(use.weight.users) - {other.node for other in uses}:
             return "its weight is read by more than linear layers"

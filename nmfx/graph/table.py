@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +82,13 @@ def groups_argument(node: fx.Node) -> Any:
     position = 8 if node.target is _aten.convolution.default else 6
     groups = argument(node, position, "groups")
     return 1 if groups is None else groups
+
+
+def conv_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a call of a convolution, with torch's defaults."""
+    names = ["stride", "padding", "dilation", "groups"]
+    if target is _aten.convolution.default:
+        names = [*names[:3], "transposed", "output_padding", "groups"]
+    given = {**dict(zip(names, args[3:], strict=False)), **kwargs}
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {name: given.get(name, default) for name, default in defaults.items()}

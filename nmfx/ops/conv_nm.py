@@ -62,7 +62,7 @@ def conv_nm(
             gradient.
     """
     tensors = (input, values, index, bias)
-    constants = (stride, padding, dilation, groups, weight_shape, n, m, activation)
+    constants: tuple[Any, ...] = (stride, padding, dilation, groups, weight_shape, n, m, activation)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(conv_nm, tensors, *tensors, *constants)
     dims = len(weight_shape) - 2
@@ -216,7 +216,9 @@ def _dense(
     return unpack_conv(values, index, shape, groups, Pattern(n, m))
 
 
-def _forward(input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _forward(
+    input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
     _output_shape(input, values, index, bias, *rest)
     out_channels, kernel_size, stride, padding, dilation, groups, n, m, activation = rest
     weight = _dense(values, index, input.shape[1], out_channels, kernel_size, groups, n, m)
@@ -256,7 +258,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = None
     if ctx.needs_input_grad[0]:
         weight = _dense(values, index, ctx.shape[1], out_channels, kernel_size, groups, n, m)
-        grad_input = torch.nn.grad.conv2d_input(
+        grad_input = torch.nn.grad.conv2d_input(  # type: ignore[attr-defined]
             ctx.shape, weight, grad, stride, padding, dilation, groups
         )
     grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None

@@ -62,7 +62,7 @@ def linear_nm(
             gradient.
     """
     tensors = (input, values, index, bias)
-    constants = (out_features, in_features, n, m, activation)
+    constants: tuple[Any, ...] = (out_features, in_features, n, m, activation)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(linear_nm, tensors, *tensors, *constants)
     if input.is_nested:  # nn.TransformerEncoder makes these from a padding mask

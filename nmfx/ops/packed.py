@@ -32,13 +32,16 @@ def activation_grad(name: str, grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
 
 
-def autocast_all(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast_all(
+    input: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors as torch's autocast hands them to a linear layer."""
-    first = tensors[0]
-    assert first is not None
-    dtype = torch.get_autocast_dtype(first.device.type)
-    # float64 is left alone, as torch does.
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # as torch does
+
+    return cast(input), cast(values), None if bias is None else cast(bias)
 
 
 def check_packed_call(

@@ -1,0 +1,169 @@
+"""One layer of a folded model lowered, and all of them made dense again.
+
+    weight (Parameter)    pack      weight_values, weight_index (buffers), linear_nm
+                          prepack   weight (Parameter) and a copy outside the state
+                   <---   undo      bit for bit the folded weight
+
+Packing deletes the dense weight as its last step, so whatever interrupts it, the weight is still
+there in one of the two forms, and `undo` tells which.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ops.linear_prepacked import WeightCopy
+from ..pattern import Pattern
+from .candidates import Candidate
+from .generate import is_generated
+from .install import refresh, remove
+from .packed import pack_weight, unpack_weight
+from .site import (
+    COPY,
+    HOLDER,
+    SITES,
+    Holder,
+    Site,
+    drop_sites,
+    get_path,
+    holder_of,
+    packed_names,
+)
+
+
+@dataclass(eq=False)
+class Target:
+    """A layer of a folded model that may be lowered, and what undoing it needs.
+
+    Attributes:
+        candidate: the layer.
+        pattern: the pattern that its weight satisfies.
+        bytes: of the dense weight.
+    """
+
+    candidate: Candidate
+    pattern: Pattern
+    bytes: int = field(init=False)
+    _order: list[str] = field(init=False)  # of the owner's parameters
+    _requires_grad: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        owner, _ = self.owner
+        self._order = list(owner._parameters)
+        self.bytes = self.weight.nbytes
+        self._requires_grad = self.weight.requires_grad
+
+    @property
+    def owner(self) -> tuple[nn.Module, str]:
+        """(the module that holds the parameter, the parameter's name there)."""
+        path, _, name = self.candidate.path.rpartition(".")
+        host = self.candidate.host
+        return (get_path(host, path) if path else host), name
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the model stores it."""
+        return get_path(self.candidate.host, self.candidate.path)
+
+    @property
+    def state(self) -> str:
+        """What it is now: "packed", "prepacked" or, not lowered, "dense"."""
+        c = self.candidate
+        store = holder_of(c.host) if c.capture == "graph" else c.host
+        sites = store.__dict__.get(SITES, ()) if store is not None else ()
+        return next((site.state for site in sites if site.path == c.path), "dense")
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Swaps the weight for packed buffers; the dense weight is freed."""
+        owner, name = self.owner
+        weight = owner._parameters[name]
+        assert weight is not None
+        packed = pack_weight(weight, self.candidate.dim, self.candidate.groups, self.pattern)
+        for buffer_name, tensor in zip(packed_names(name), packed, strict=True):
+            owner.register_buffer(buffer_name, tensor)
+        self._add_site("packed")  # while the weight still exists: graph uses are found by its name
+        del owner._parameters[name]
+
+    def prepack(self) -> None:
+        """Keeps the weight, and a copy of it in oneDNN's layout. For leaf capture only."""
+        assert self.candidate.capture == "leaf", self.candidate
+        self.candidate.host.__dict__[COPY] = WeightCopy()
+        self._add_site("prepacked")
+
+    def _add_site(self, state: str) -> None:
+        c, store = self.candidate, self._make_store()
+        site = Site(
+            c.path,
+            c.shape,
+            c.dim,
+            c.reduced,
+            self.pattern,
+            0.0,
+            c.kind,
+            c.capture,
+            state,
+            groups=c.groups,
+        )
+        store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
+        refresh(c.host, store)
+
+    def _make_store(self) -> nn.Module:
+        host = self.candidate.host
+        if self.candidate.capture != "graph":
+            return host
+        holder = holder_of(host)
+        if holder is None:
+            holder = Holder()
+            holder.__dict__[SITES] = []
+            host._modules[HOLDER] = holder
+        return holder
+
+    @torch.no_grad()
+    def restore_weight(self) -> None:
+        """Makes the weight a dense parameter again, if it is not, and forgets the site."""
+        owner, name = self.owner
+        values, index = packed_names(name)
+        c = self.candidate
+        if name not in owner._parameters:
+            buffers = owner._buffers[values], owner._buffers[index]
+            assert buffers[0] is not None and buffers[1] is not None  # noqa: PT018
+            dense = unpack_weight(buffers[0], buffers[1], c.shape, c.dim, c.groups, self.pattern)
+            weight = nn.Parameter(dense.contiguous(), self._requires_grad)
+            owner._parameters[name] = weight
+            for key in self._order:  # the order is that of state_dict and of optimizers
+                if key in owner._parameters:  # the others are still to come
+                    owner._parameters[key] = owner._parameters.pop(key)
+        owner._buffers.pop(values, None)
+        owner._buffers.pop(index, None)
+        store = holder_of(c.host) if c.capture == "graph" else c.host
+        if store is not None and SITES in store.__dict__:
+            sites = [site for site in store.__dict__[SITES] if site.path != c.path]
+            store.__dict__[SITES] = sites
+
+
+class Undo:
+    """Makes targets dense again, from whatever point lowering them was interrupted at."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._targets = list(targets)
+        hosts = dict.fromkeys(target.candidate.host for target in self._targets)
+        # Packing replaces nodes of a graph for good.
+        self._graphs = {
+            host: copy.deepcopy(host.graph) for host in hosts if isinstance(host, fx.GraphModule)
+        }
+
+    def __call__(self) -> None:
+        for target in self._targets:
+            target.restore_weight()
+        for gm, graph in self._graphs.items():
+            gm.graph = graph
+        for host in dict.fromkeys(target.candidate.host for target in self._targets):
+            remove(host)
+            if SITES in host.__dict__ and not is_generated(type(host)):
+                drop_sites(host)  # interrupted before the class was swapped

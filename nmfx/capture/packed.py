@@ -1,0 +1,53 @@
+"""The places where a model meets the packed format: pack, unpack, and how many bytes that takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mask import as_bits
+from ..packing import pack, pack_conv, packed_bytes, unpack, unpack_conv
+from ..pattern import Pattern
+
+
+def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """(values, index) of a dense weight that is grouped along `dim`; checked bit for bit.
+
+    Raises:
+        NMError: the weight breaks the pattern.
+    """
+    weight = weight.detach()
+    if weight.ndim > 2:
+        packed = pack_conv(weight, groups, pattern)
+    else:
+        packed = pack(weight if dim == 1 else weight.t(), pattern)
+    again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
+    # A -0.0 that somebody else's pruning left unpacks to +0.0, and that is the only change allowed.
+    if not torch.equal(as_bits(again), as_bits(torch.where(weight == 0, 0.0, weight))):
+        raise AssertionError("packing is not exact, please report this")
+    return packed
+
+
+def unpack_weight(
+    values: Tensor,
+    index: Tensor,
+    shape: tuple[int, ...],
+    dim: int,
+    groups: int,
+    pattern: Pattern,
+) -> Tensor:
+    """The dense weight of shape `shape`; the inverse of `pack_weight`."""
+    if len(shape) > 2:
+        return unpack_conv(values, index, shape, groups, pattern)
+    rows = unpack(values, index, shape[1 - dim], shape[dim], pattern)
+    return rows if dim == 1 else rows.t()
+
+
+def packed_weight_bytes(
+    shape: tuple[int, ...], dim: int, groups: int, pattern: Pattern, itemsize: int
+) -> int:
+    """Bytes of such a weight when it is packed."""
+    if len(shape) == 2:
+        return packed_bytes(shape[1 - dim], shape[dim], pattern, itemsize)
+    columns = torch.Size(shape[1:]).numel()
+    return groups * packed_bytes(shape[0] // groups, columns, pattern, itemsize)

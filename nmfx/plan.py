@@ -1,0 +1,117 @@
+"""Which layers `lower` may touch, with which pattern, and why it leaves the others alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from .capture.candidates import Candidate, find_candidates
+from .capture.graph_module import find_graph_uses, masked_uses
+from .capture.leaf import trace_leaf
+from .capture.site import SKIPPED, SiteRef, get_path, iter_sites
+from .errors import NMError
+from .graph.rewrite import can_pack
+from .packing import detect_pattern, makes_smaller
+from .pattern import Pattern
+from .tuning.layers import PACKABLE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer that can be packed as it stands, and the pattern of its weight."""
+
+    candidate: Candidate
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `lower` finds in a model.
+
+    Attributes:
+        entries: layers that can be packed.
+        dense: layers that stay dense, with the reason.
+    """
+
+    entries: list[Entry]
+    dense: list[tuple[Candidate, str]]
+
+
+def make_plan(model: nn.Module) -> Plan:
+    """Sorts all weights of a model that are not lowered yet; changes nothing.
+
+    Raises:
+        NMError: no weight of the model is N:M sparse, or one is on the meta device.
+    """
+    refs = {ref.name: ref for ref in iter_sites(model)}
+    plan = Plan([], [])
+    any_sparse = False
+    for candidate in find_candidates(model):
+        ref = refs.get(candidate.name)
+        if ref is not None and ref.site.lowered:
+            continue
+        pattern, reason = _outcome(candidate, ref)
+        any_sparse |= pattern is not None
+        if pattern is not None and reason is None:
+            plan.entries.append(Entry(candidate, pattern))
+        else:
+            assert reason is not None
+            plan.dense.append((candidate, _for_report(candidate, ref, reason)))
+    if not any_sparse:
+        name, dense = type(model).__name__, plan.dense
+        raise NMError(
+            f"nmfx.lower: no weight of {name} is N:M sparse"
+            + (f"; the first of {len(dense)}, {dense[0][0].name}: {dense[0][1]}" if dense else "")
+        )
+    return plan
+
+
+def _outcome(candidate: Candidate, ref: SiteRef | None) -> tuple[Pattern | None, str | None]:
+    """(the pattern of a layer or None, why it stays dense or None)."""
+    if ref is None and candidate.obstacle is not None:
+        return None, candidate.obstacle
+    weight = get_path(candidate.host, candidate.path)
+    if weight.is_meta:
+        raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
+    pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern
+    if pattern is None:
+        return None, "its weight satisfies no N:M pattern that would make it smaller"
+    return pattern, obstacle_to_packing(candidate, pattern, weight)
+
+
+def obstacle_to_packing(candidate: Candidate, pattern: Pattern, weight: Tensor) -> str | None:
+    """Why a layer cannot be packed, or None; its weight need not satisfy the pattern yet."""
+    if candidate.kind not in PACKABLE or weight.ndim > 4:
+        dims = f"{weight.ndim - 2}-D " if weight.ndim > 4 else ""
+        return f"{dims}{candidate.kind} has no packed kernel yet"
+    if candidate.capture == "scoped":
+        return "its weight is not read by a traced linear"
+    shape, dim = weight.shape, candidate.dim
+    columns = shape[dim] if len(shape) == 2 else shape[1:].numel()
+    if not makes_smaller(columns, pattern, weight.dtype.itemsize):
+        return f"packed as {pattern} it would not be smaller"
+    return _unpackable_graph(candidate)
+
+
+def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
+    """A layer that was never sparsified keeps the reason it has."""
+    if ref is not None:
+        return f"{reason}; folded"
+    return candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, reason)
+
+
+def _unpackable_graph(candidate: Candidate) -> str | None:
+    if candidate.capture == "leaf":
+        _, uses, _ = trace_leaf(candidate.host)
+        return can_pack(uses)
+    gm = candidate.host
+    assert isinstance(gm, fx.GraphModule)
+    path = candidate.path
+    uses = find_graph_uses(gm)[path] if candidate.site is None else masked_uses(gm, path)
+    return can_pack(uses, lambda node: _is_bias(gm, node, candidate))
+
+
+def _is_bias(gm: fx.GraphModule, node: fx.Node, candidate: Candidate) -> bool:
+    outputs = candidate.shape[1 - candidate.dim]
+    return node.op == "get_attr" and get_path(gm, str(node.target)).shape == (outputs,)

@@ -1,0 +1,136 @@
+"""The cost of one layer on this machine: timed once, remembered in the process and on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import TOLERANCE, relative_error
+from . import cache, timer
+from .decide import DENSE, Choice, Timing, decide
+from .hardware import cache_bytes, cpu_model, kernel_digest, kernel_status
+from .layers import Layer, Run, candidates, names
+from .shapes import Seen, make_input
+
+# Twice the cache: replacement policies are not exactly least-recently-used.
+_EVICT = 2
+
+
+@dataclass
+class Bench:
+    """Times the layers of one model.
+
+    Attributes:
+        model: whose size tells whether a layer finds its weights in the cache.
+        timed, remembered: how many (layer, shape) pairs were timed now, and how many were known.
+        dropped: what was no candidate because its result differed from dense, in words.
+    """
+
+    model: nn.Module
+    timed: int = 0
+    remembered: int = 0
+    dropped: list[str] = field(default_factory=list)
+    _known: dict[tuple[object, ...], dict[str, float]] = field(default_factory=dict)
+    _current: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.cold = sum(t.nbytes for t in tensors) > cache_bytes()
+        size = _EVICT * cache_bytes()
+        self._evict = timer.make_evict(self.model, size, lambda: self._current)
+
+    def choose(self, name: str, layer: Layer, shapes: Mapping[Seen, int], every: bool) -> Choice:
+        """The best candidate of a layer for inputs `shapes` ({input: how many calls have it}).
+
+        Args:
+            name: of the layer, for messages.
+            layer: its weight is not changed.
+            shapes: at least one.
+            every: see `decide`.
+        """
+        # Made for the first shape that is not known, and only then: packing takes a while.
+        made = functools.cache(lambda bias, rest: candidates(layer, bias, rest))
+        with torch.no_grad():
+            found = [(self._ms(name, layer, seen, made), count) for seen, count in shapes.items()]
+        # A candidate that failed at one shape is out at all.
+        common = [key for key in found[0][0] if all(key in ms for ms, _ in found)]
+        timings = [Timing({key: ms[key] for key in common}, count) for ms, count in found]
+        rows = tuple(sorted({seen.rows for seen in shapes}))
+        return replace(decide(timings, every=every), rows=rows)
+
+    def notes(self) -> list[str]:
+        """For the report: where the numbers come from."""
+        state = "cold: the model is larger than" if self.cold else "warm: the model fits into"
+        return [
+            f"{cpu_model()}; threads: {torch.get_num_threads()}; torch {torch.__version__}",
+            kernel_status(),
+            f"weights {state} the cache of {cache_bytes() / 2**20:g} MiB",
+            f"(layer, shape) pairs timed now: {self.timed}, known before: {self.remembered}",
+            *self.dropped,
+        ]
+
+    def _ms(
+        self, name: str, layer: Layer, seen: Seen, made: functools._lru_cache_wrapper
+    ) -> dict[str, float]:
+        key = self._key(layer, seen)
+        identity = tuple(map(str, key.values()))
+        known = self._known.get(identity) or cache.load(key)
+        if known is not None:
+            self.remembered += 1
+        else:
+            known = self._measure(name, made(seen.bias, seen.rest), seen, layer)
+            self.timed += 1
+            if known.keys() == set(names(layer)):  # a wrong candidate is looked at again next time
+                cache.store(key, known)
+        self._known[identity] = known
+        return known
+
+    def _measure(
+        self, name: str, runs: dict[str, Run], seen: Seen, layer: Layer
+    ) -> dict[str, float]:
+        x = make_input(seen)
+        dtype = None if seen.autocast is None else getattr(torch, seen.autocast[6:])
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            right = self._right(name, runs, x)
+            self._current = layer.weight
+            try:
+                return timer.measure(
+                    {key: functools.partial(runs[key], x) for key in right},
+                    self._evict if self.cold else None,
+                )
+            finally:
+                self._current = None
+
+    def _right(self, name: str, runs: dict[str, Run], x: Tensor) -> list[str]:
+        """The candidates that compute what dense computes."""
+        expected = runs[DENSE](x)
+        right = []
+        for key, run in runs.items():
+            error = relative_error(expected, run(x))
+            if error <= TOLERANCE.get(expected.dtype, 0.0):
+                right.append(key)
+            else:
+                text = f"{name}: {key} differs from dense by {error:.1e} and was not used"
+                self.dropped.append(text)
+        return right
+
+    def _key(self, layer: Layer, seen: Seen) -> dict[str, object]:
+        """Everything that a timing depends on, as values that JSON holds."""
+        return {
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kernels": [kernel_status(), kernel_digest()],
+            "cold": self.cold,
+            "candidates": names(layer),
+            "kind": layer.kind,
+            "weight": [list(layer.weight.shape), str(layer.weight.dtype)],
+            "pattern": layer.pattern.text,
+            "input": [list(seen.shape), list(seen.strides), seen.dtype, seen.autocast],
+            "bias": seen.bias,
+            "rest": repr(seen.rest),
+        }

@@ -1,0 +1,59 @@
+"""One layer's choice: its inputs, seen or assumed, put to the test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..capture.candidates import Candidate
+from ..capture.site import get_path
+from ..pattern import Pattern
+from .bench import Bench
+from .decide import Choice, stays_dense
+from .layers import Layer
+from .shapes import Seen
+from .table import assumed
+
+
+def choose(
+    bench: Bench,
+    candidate: Candidate,
+    weight: Tensor,
+    pattern: Pattern,
+    seen: Mapping[Seen, int] | None,
+    *,
+    prepack: bool,
+) -> Choice:
+    """What a layer becomes on this machine.
+
+    Args:
+        bench: of the model.
+        candidate: the layer.
+        weight: dense, its pattern's zeros in place.
+        pattern: of the weight.
+        seen: the inputs it met and how often, or None to assume some.
+        prepack: whether a second copy of the weight is allowed.
+    """
+    if weight.device.type != "cpu":
+        return stays_dense(f"it is on {weight.device.type}, and only the CPU is timed so far")
+    if seen is not None and not seen:
+        return stays_dense("the example inputs never reach it")
+    if seen is None and candidate.kind == "conv":
+        return stays_dense("without example inputs the size of its pictures is not known")
+    shapes = (
+        assumed(candidate.reduced, weight.dtype, _has_bias(candidate)) if seen is None else seen
+    )
+    # A graph has no module of its own that could keep the copy.
+    prepack = prepack and candidate.capture == "leaf"
+    c = candidate
+    layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack)
+    return bench.choose(candidate.name, layer, shapes, every=seen is None)
+
+
+def _has_bias(candidate: Candidate) -> bool:
+    if candidate.capture != "leaf":
+        return candidate.kind == "addmm"
+    owner_path, _, _ = candidate.path.rpartition(".")
+    owner = get_path(candidate.host, owner_path) if owner_path else candidate.host
+    return getattr(owner, "bias", None) is not None

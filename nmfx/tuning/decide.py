@@ -1,0 +1,87 @@
+"""From milliseconds to a choice, with the sentence that explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# Medians of two runs of the same candidate differ by up to this share on a shared machine.
+TIE = 0.03
+
+DENSE, PREPACKED, PACKED = "dense", "prepacked", "packed"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call per candidate, on one shape, which `count` calls have."""
+
+    ms: Mapping[str, float]
+    count: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer becomes.
+
+    Attributes:
+        name: "dense", "prepacked" or "packed".
+        ms_dense, ms: milliseconds over all calls, dense and as chosen.
+        reason: the measured ratios in words, or why nothing was measured.
+        rows: rows of the inputs that were measured; empty if nothing was.
+    """
+
+    name: str
+    ms_dense: float
+    ms: float
+    reason: str
+    rows: tuple[int, ...] = ()
+
+
+def stays_dense(reason: str) -> Choice:
+    """A choice without measurement."""
+    return Choice(DENSE, 0.0, 0.0, reason)
+
+
+def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
+    """The candidate with the least total time; dense wins ties.
+
+    Packed must beat prepacked too: a user who compiles with freezing has that already.
+
+    Args:
+        timings: at least one; all with the same candidates, "dense" among them.
+        every: whether a choice may lose on no shape at all: for shapes that are assumed, as who
+            knows which of them the user will run.
+    """
+    names = list(timings[0].ms)
+    total = {name: sum(t.ms[name] * t.count for t in timings) for name in names}
+    dense = total[DENSE]
+
+    def beats(name: str, other: str) -> bool:
+        if name not in total or other not in total:
+            return name in total
+        if every and any(t.ms[name] > t.ms[other] * (1 + TIE) for t in timings):
+            return False
+        return total[name] < total[other] * (1 - TIE)
+
+    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED):
+        chosen = PACKED
+    elif beats(PREPACKED, DENSE):
+        chosen = PREPACKED
+    else:
+        chosen = DENSE
+    return Choice(chosen, dense, total[chosen], _reason(chosen, total, every))
+
+
+def _reason(chosen: str, total: Mapping[str, float], every: bool) -> str:
+    ratios = {name: total[DENSE] / ms for name, ms in total.items() if name != DENSE}
+    if not ratios:
+        return "no other candidate"
+    texts = [f"{name} {ratio:.2f}x" for name, ratio in ratios.items()]
+    text = f"{', '.join(texts)} as fast as dense"
+    if chosen == DENSE and max(ratios.values()) >= 1:
+        if every and max(ratios.values()) * (1 - TIE) > 1:
+            return f"{text} in total, but slower at some number of rows"
+        return f"{text}: a tie, which dense wins"
+    if chosen == PREPACKED and ratios.get(PACKED, 0.0) > 1:
+        return f"{text}: packed does not beat prepacked"
+    return text

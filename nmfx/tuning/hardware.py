@@ -1,0 +1,65 @@
+"""What this machine is, for timings that hold only on it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from ..kernels import cpu
+
+# A last-level cache of 32 MiB is that of the AMD EPYC and the Xeon of the tests; where the system
+# does not tell, a model below this size is timed with its weights in the cache.
+DEFAULT_CACHE_BYTES = 32 * 2**20
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def kernel_status() -> str:
+    """The packed kernels in use, in words; part of the key of every cached timing."""
+    return cpu.status()
+
+
+@functools.cache
+def kernel_digest() -> str:
+    """Tells one build of the native kernels from another."""
+    if cpu.isa() is None:
+        return ""
+    return hashlib.sha256(cpu.LIBRARY.read_bytes()).hexdigest()[:16]
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Name and instruction set of the processor, as torch uses it."""
+    name = ""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        family = re.findall(r"^(?:cpu family|model|stepping)\s*:\s*(\d+)$", text, re.MULTILINE)[:3]
+        name = " ".join([found.group(1).strip() if found else "", "/".join(family)]).strip()
+    except OSError:
+        pass
+    name = name or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of the last-level cache that one core sees, or `DEFAULT_CACHE_BYTES` if unknown."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            sizes.append(parse_size(file.read_text()))
+        except OSError:
+            continue
+    return max(sizes, default=0) or DEFAULT_CACHE_BYTES
+
+
+def parse_size(text: str) -> int:
+    """The bytes that the kernel's "32768K" means; 0 for anything else."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
+    return int(match.group(1)) * _UNITS[match.group(2)] if match else 0

@@ -1,0 +1,99 @@
+"""The candidates of one layer: functions of its input that all compute the same.
+
+A new kind of layer is a new function here, and a line in `candidates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..capture.packed import pack_weight
+from ..ops.conv_nm import conv_nm
+from ..ops.linear_nm import linear_nm
+from ..ops.linear_prepacked import WeightCopy, can_prepack, linear_prepacked
+from ..pattern import Pattern
+from .decide import DENSE, PACKED, PREPACKED
+
+Run = Callable[[Tensor], Tensor]
+
+PACKABLE = ("linear", "addmm", "conv")  # kinds that have a packed kernel
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer to be timed.
+
+    Attributes:
+        kind: "linear", "addmm" or "conv".
+        weight: dense, its pattern's zeros in place, as the model stores it.
+        dim: the dimension that is grouped and summed over.
+        groups: of a convolution, else 1.
+        pattern: the pattern of the zeros.
+        prepack: whether the prepacked dense layer is a candidate here.
+    """
+
+    kind: str
+    weight: Tensor
+    dim: int
+    groups: int
+    pattern: Pattern
+    prepack: bool
+
+
+def names(layer: Layer) -> list[str]:
+    """The candidates that `candidates` makes for a layer; dense comes first."""
+    prepack = layer.prepack and layer.kind != "conv" and can_prepack(layer.weight) is None
+    return [DENSE, *([PREPACKED] if prepack else []), PACKED]
+
+
+def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> dict[str, Run]:
+    """All candidates of a layer, by name.
+
+    Args:
+        layer: what to run.
+        bias: whether it has one; an invented one is added.
+        rest: the other arguments of a convolution, see `Seen`.
+    """
+    made = _convs(layer, bias, dict(rest)) if layer.kind == "conv" else _linears(layer, bias)
+    return {name: made[name] for name in names(layer)}
+
+
+def _bias(layer: Layer, outputs: int, wanted: bool) -> Tensor | None:
+    return layer.weight.new_zeros(outputs) if wanted else None
+
+
+def _linears(layer: Layer, bias: bool) -> dict[str, Run]:
+    weight, transposed = layer.weight.detach(), layer.dim == 0
+    outputs, inputs = weight.shape[1 - layer.dim], weight.shape[layer.dim]
+    vector = _bias(layer, outputs, bias)
+    values, index = pack_weight(weight, layer.dim, 1, layer.pattern)
+    copy, n, m = WeightCopy(), layer.pattern.n, layer.pattern.m
+
+    def dense(x: Tensor) -> Tensor:
+        if transposed:
+            return torch.addmm(vector, x, weight)  # type: ignore[arg-type]  # it has a bias
+        return F.linear(x, weight, vector)
+
+    return {
+        DENSE: dense,
+        PREPACKED: lambda x: linear_prepacked(x, weight, vector, copy, transposed),
+        PACKED: lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m),
+    }
+
+
+def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Run]:
+    weight, shape = layer.weight.detach(), tuple(layer.weight.shape)
+    vector = _bias(layer, shape[0], bias)
+    values, index = pack_weight(weight, layer.dim, layer.groups, layer.pattern)
+    n, m = layer.pattern.n, layer.pattern.m
+    dense = F.conv1d if len(shape) == 3 else F.conv2d
+    return {
+        DENSE: lambda x: dense(x, weight, vector, **rest),
+        PACKED: lambda x: conv_nm(x, values, index, vector, **rest, weight_shape=shape, n=n, m=m),
+    }

@@ -1,0 +1,128 @@
+"""The inputs that each weight really meets when the example inputs run.
+
+Consumers are told by the identity of the weight tensor they read, so leaf, scoped and graph capture
+need no code of their own; a masked weight counts as the weight it was made from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..graph.table import TABLE, conv_arguments
+from ..ops.keep import keep
+from ..ops.sr_ste import sr_ste
+
+_SOURCE = "_nmfx_source"  # on a masked weight: the name of the weight
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of a consumer looks like, all but the weight; hashable.
+
+    Attributes:
+        shape, strides: of the input. Rows of a linear layer that lie in memory one after the other
+            count as (rows, in_features), however they are batched.
+        dtype: of the input, as a string.
+        bias: whether there is one.
+        autocast: the dtype that the CPU's autocast would compute in, as a string, or None.
+        rest: the other arguments of a convolution, as (keyword, value) pairs.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    bias: bool = False
+    autocast: str | None = None
+    rest: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many vectors along the last axis; for images the batch size says as much."""
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return rows if not self.rest else self.shape[0]
+
+
+class Recorder(TorchFunctionMode):
+    """Counts what every given weight is called with, while it is active.
+
+    Args:
+        weights: the parameters to watch, by name.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(weight): name for name, weight in weights.items()}
+        self.seen: dict[str, Counter[Seen]] = {name: Counter() for name in weights}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is sr_ste or func is keep:
+            name = self._name(args[0])
+            if name is not None:
+                setattr(result, _SOURCE, name)
+        consumer = TABLE.get(func)
+        if consumer is not None:
+            name = self._name(_take(args, kwargs, consumer.position, consumer.keyword))
+            if name is not None:
+                self.seen[name][describe(func, args, kwargs)] += 1
+        return result
+
+    def _name(self, weight: Any) -> str | None:
+        return self._names.get(id(weight)) or getattr(weight, _SOURCE, None)
+
+
+def describe(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen:
+    """One call of an operator of the table, as `Seen`."""
+    consumer = TABLE[func]
+    if consumer.family == "addmm":
+        bias, inputs = _take(args, kwargs, 0, "input"), _take(args, kwargs, 1, "mat1")
+    else:
+        inputs, bias = _take(args, kwargs, 0, "input"), _take(args, kwargs, 2, "bias")
+    if inputs.is_nested:  # nn.TransformerEncoder makes these from a padding mask
+        inputs = torch.cat(inputs.unbind())
+    shape, strides = tuple(inputs.shape), inputs.stride()
+    if strides != torch.empty_like(inputs, device="meta").stride():
+        strides = torch.empty(shape, device="meta").stride()  # views with gaps, expanded batches
+    rest: tuple[tuple[str, Any], ...] = ()
+    if consumer.family in ("linear", "addmm"):
+        if inputs.is_contiguous():
+            shape = (inputs.numel() // max(1, shape[-1]), shape[-1])
+            strides = (shape[-1], 1)
+    else:
+        arguments = conv_arguments(func, args, kwargs)
+        rest = tuple((name, _frozen(value)) for name, value in arguments.items())
+    autocast = torch.is_autocast_enabled("cpu")
+    return Seen(
+        shape,
+        tuple(strides),
+        str(inputs.dtype),
+        bias is not None,
+        str(torch.get_autocast_dtype("cpu")) if autocast else None,
+        rest,
+    )
+
+
+def _take(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, keyword: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(keyword)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def make_input(seen: Seen) -> Tensor:
+    """A random input like the one seen; torch's random state is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, seen.dtype.removeprefix("torch."))
+    values = torch.randn(seen.shape, generator=generator)
+    return torch.empty_strided(seen.shape, seen.strides, dtype=dtype).copy_(values)
