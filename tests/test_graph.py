@@ -19,7 +19,7 @@ from nmfx.graph.rewrite import (
     insert_keep,
     insert_sr_ste,
     remove_inserted,
-    replace_with_linear_nm,
+    replace_with_packed,
 )
 from nmfx.graph.table import TABLE, consumer_of, groups_argument
 from nmfx.ops.keep import keep
@@ -310,7 +310,7 @@ def test_remove_inserted_takes_all_and_counts() -> None:
         (aten.addmm.default, (), {"self": "b", "mat1": "x", "mat2": "w"}, (8, 4)),
     ],
 )
-def test_replace_with_linear_nm_computes_the_same(
+def test_replace_with_packed_computes_the_same(
     op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], w_shape: tuple[int, ...]
 ) -> None:
     root, graph, x = Root(w_shape), graph_of_case(op, args, **kwargs), torch.randn(3, 8)
@@ -323,7 +323,7 @@ def test_replace_with_linear_nm_computes_the_same(
     values, index = pack(rows, Pattern(2, 4))
     root.register_buffer("values", values)
     root.register_buffer("index", index)
-    replace_with_linear_nm(graph, uses, "values", "index", 8, Pattern(2, 4))
+    replace_with_packed(graph, uses, "values", "index", w_shape, Pattern(2, 4))
     assert count(graph, linear_nm) == 1
     assert not any(is_weight(node) for node in graph.nodes), "the dense weight is still read"
     torch.testing.assert_close(run(root, graph, x), expected)

@@ -118,7 +118,12 @@ def test_packed_buffers_hold_the_masked_weight() -> None:
     model = sparse("1:4")
     raw = model.fc1.weight.detach().clone()
     lowered = nmfx.lower(model, tune=False)
-    packed = unpack(lowered.fc1.weight_values, lowered.fc1.weight_index, 16, Pattern(1, 4))
+    packed = unpack(
+        lowered.fc1.weight_values,
+        lowered.fc1.weight_index,
+        *dense.fc1.weight.shape,
+        Pattern(1, 4),
+    )
     assert torch.equal(packed, torch.where(nm_mask(raw, 1, 4, 1), raw, 0.0))
 
 
