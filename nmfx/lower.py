@@ -22,10 +22,9 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, SKIPPED, get_path, iter_sites, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, get_path, iter_sites, packed_names
 from .fold import bake
 from .plan import make_plan
-from .report import NOTES
 from .tuning import timer
 from .tuning.bench import Bench
 from .tuning.choose import choose

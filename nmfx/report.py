@@ -14,12 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import MEASURED, SKIPPED, get_path, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, get_path, packed_names
 from .errors import NMError
 from .ops.sr_ste import UNFUSED_REASON
 from .pattern import Pattern
-
-NOTES = "_nmfx_notes"  # on a lowered model: what `lower` decided per parameter
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
     remove_inserted(
         gm.graph, [node for node in nodes if not _settle(node, *numbers.get(_weight(node), ()))]
     )
+    for node in list(gm.graph.nodes):  # what an interrupted removal left
+        if node.op == "get_attr" and not node.users and str(node.target).startswith(f"{HOLDER}."):
+            gm.graph.erase_node(node)
     by_path = find_graph_uses(gm)
     for i, site in enumerate(sites):
         uses = by_path.get(site.path, [])

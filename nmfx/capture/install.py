@@ -75,8 +75,7 @@ def remove(module: nn.Module) -> None:
     if holder is not None:
         assert isinstance(module, fx.GraphModule)
         packed = [site for site in holder.__dict__[SITES] if site.lowered]
-        drop_sites(holder)
-        holder.__dict__[SITES] = packed
+        drop_sites(holder, packed)
         rewrite_graph(module)
         if not packed:
             del module._modules[HOLDER]
@@ -84,4 +83,5 @@ def remove(module: nn.Module) -> None:
         if any(site.lowered for site in module.__dict__[SITES]):
             return
         module.__class__ = base_class(module)
-        drop_sites(module)
+    if not isinstance(module, Holder):
+        drop_sites(module)  # also what an interrupted call left under a restored class

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from ..ops.linear_prepacked import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
-from .generate import is_generated
 from .install import refresh, remove
 from .packed import pack_weight, unpack_weight
 from .site import (
@@ -29,7 +28,6 @@ from .site import (
     SITES,
     Holder,
     Site,
-    drop_sites,
     get_path,
     holder_of,
     packed_names,
@@ -165,5 +163,3 @@ class Undo:
             gm.graph = graph
         for host in dict.fromkeys(target.candidate.host for target in self._targets):
             remove(host)
-            if SITES in host.__dict__ and not is_generated(type(host)):
-                drop_sites(host)  # interrupted before the class was swapped

@@ -71,6 +71,7 @@ class Site:
 SITES = "_nmfx_sites"
 SKIPPED = "_nmfx_skipped"
 MEASURED = "_nmfx_measured"
+NOTES = "_nmfx_notes"  # on a lowered model: what `lower` found out about all of it
 COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
 
 
@@ -133,9 +134,17 @@ def add_sites(store: nn.Module, sites: list[Site], devices: list[torch.device]) 
         store.__dict__[control_name(i)] = control
 
 
-def drop_sites(store: nn.Module) -> None:
-    """Removes everything nmfx wrote into a module, except what is there for the report."""
-    kept = (SKIPPED, MEASURED)
+def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
+    """Removes everything nmfx wrote into a module, except what is there for the report.
+
+    Args:
+        store: where the sites are.
+        but: the sites that stay, for a store that must have a list of them at any moment.
+    """
+    kept = [SKIPPED, MEASURED, NOTES]
+    if but is not None:
+        store.__dict__[SITES] = but
+        kept.append(SITES)
     for key in [key for key in store.__dict__ if key.startswith("_nmfx_") and key not in kept]:
         del store.__dict__[key]
 
