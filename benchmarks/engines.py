@@ -1,0 +1,180 @@
+"""The engines outside torch: onnxruntime, OpenVINO and DeepSparse, all from one ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import Call, Unavailable
+from torch import Tensor, nn
+
+
+def _onnxruntime(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:
+    import onnxruntime
+
+    if x[0].dtype == torch.bfloat16:
+        raise Unavailable("its CPU provider has no bf16 matrix product")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # It may spin while it works, but not afterwards: that would slow down the next candidate.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    with _onnx_file(module, x) as path:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for meta, tensor in zip(session.get_inputs(), x, strict=True):
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        binding.bind_ortvalue_input(meta.name, value)
+    output = session.get_outputs()[0].name
+    binding.bind_output(output)
+
+    def call() -> Any:
+        session.run_with_iobinding(binding)
+        return _Lazy(lambda: binding.get_outputs()[0].numpy())
+
+    return call, ""
+
+
+def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:
+    import openvino
+
+    hint = "bf16" if x[0].dtype == torch.bfloat16 else "f32"
+    inputs = [t.float() if t.is_floating_point() else t for t in x]
+    core = openvino.Core()
+    # Weights of bf16 models are widened exactly; the hint makes OpenVINO narrow them again.
+    with _onnx_file(_widened(module, hint), tuple(inputs)) as path:
+        # The hint is given explicitly: where the CPU has bf16, OpenVINO uses it by default.
+        model = core.compile_model(
+            path,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": hint,
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+    used = model.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if used != hint:
+        raise Unavailable(f"asked for {hint}, it computes in {used} on this CPU")
+    request = model.create_infer_request()
+    held = [openvino.Tensor(tensor.numpy(), shared_memory=True) for tensor in inputs]
+    for position, tensor in enumerate(held):
+        request.set_input_tensor(position, tensor)
+
+    def call() -> Any:
+        request.infer()
+        return _Lazy(lambda: request.get_output_tensor(0).data)
+
+    return call, f"computes in {used}"
+
+
+def _deepsparse(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:
+    if x[0].dtype == torch.bfloat16:
+        raise Unavailable("it has fp32 and int8 only")
+    library = _deepsparse_library()
+    with _onnx_file(module, x) as path:
+        batch = x[0].shape[0]
+        engine = library.deepsparse_engine(path, batch, threads, 1, "single_stream", None, None)
+    arrays = [tensor.numpy() for tensor in x]
+    engine.execute_list_out(arrays)
+    return lambda: engine.execute_list_out(arrays)[0], (
+        f"supports {engine.fraction_of_supported_ops():.0%} of the operators"
+    )
+
+
+ENGINES = {"onnxruntime": _onnxruntime, "openvino": _openvino, "deepsparse": _deepsparse}
+
+
+def _deepsparse_library() -> Any:
+    """DeepSparse's engine without its Python package.
+
+    The package is dead: it wants a sparsezoo and an onnx of 2023 that exclude the onnx of today's
+    torch, and sends analytics when imported. Its engine needs none of that, so the package gets an
+    empty stand-in and only the two modules that load the engine run.
+    """
+    import numpy
+
+    if int(numpy.__version__.partition(".")[0]) > 1:
+        raise Unavailable("with numpy 2 its outputs are silently wrong (strides 0)")
+    if "deepsparse" not in sys.modules:
+        spec = importlib.util.find_spec("deepsparse")
+        if spec is None:
+            raise Unavailable("not installed")
+        package = types.ModuleType("deepsparse")
+        package.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules["deepsparse"] = package
+    return importlib.import_module("deepsparse.lib").init_deepsparse_lib()
+
+
+class _Lazy:
+    """An output that is copied out of the engine only when somebody looks at it."""
+
+    def __init__(self, get: Any) -> None:
+        self.get = get
+
+    def __array__(self) -> Any:
+        return self.get()
+
+    def copy(self) -> Any:
+        return self.get().copy()
+
+
+def _widened(module: nn.Module, hint: str) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).float() if hint == "bf16" else module
+
+
+@contextlib.contextmanager
+def _onnx_file(module: nn.Module, x: tuple[Tensor, ...]) -> Any:
+    """A file with the module, as long as an engine needs it to build itself."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        if model := _by_hand(module, x):
+            onnx.save(model, path)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                program = torch.onnx.export(module.eval(), x, dynamo=True, verbose=False)
+            program.save(str(path), external_data=True)
+        yield str(path)
+
+
+def _by_hand(module: nn.Module, x: tuple[Tensor, ...]) -> Any:
+    """One linear or conv layer with an optional ReLU: quick to write, and old enough for all."""
+    from onnx import TensorProto, helper, numpy_helper
+    from peers import one_layer
+
+    try:
+        layer, relu = one_layer(module)
+    except Unavailable:
+        return None
+    weights = {"w": layer.weight, **({} if layer.bias is None else {"b": layer.bias})}
+    if isinstance(layer, nn.Linear):
+        if x[0].ndim != 2:
+            return None
+        node = helper.make_node("Gemm", ["x", *weights], ["y"], transB=1)
+    else:
+        pads = [*layer.padding, *layer.padding]
+        attributes = {"strides": list(layer.stride), "pads": pads, "group": layer.groups}
+        node = helper.make_node("Conv", ["x", *weights], ["y"], **attributes)
+    nodes = [node, *([helper.make_node("Relu", ["y"], ["z"])] if relu else [])]
+    shape = list(module(*x).shape)
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x[0].shape))],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(t.detach().numpy(), name) for name, t in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
