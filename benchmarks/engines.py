@@ -31,7 +31,7 @@ def _onnxruntime(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tupl
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for meta, tensor in zip(session.get_inputs(), x, strict=True):
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(_numpy(tensor))
         binding.bind_ortvalue_input(meta.name, value)
     output = session.get_outputs()[0].name
     binding.bind_output(output)
@@ -66,7 +66,7 @@ def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[C
     if used != hint:
         raise Unavailable(f"asked for {hint}, it computes in {used} on this CPU")
     request = model.create_infer_request()
-    held = [openvino.Tensor(tensor.numpy(), shared_memory=True) for tensor in inputs]
+    held = [openvino.Tensor(_numpy(tensor), shared_memory=True) for tensor in inputs]
     for position, tensor in enumerate(held):
         request.set_input_tensor(position, tensor)
 
@@ -84,7 +84,7 @@ def _deepsparse(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple
     with _onnx_file(module, x) as path:
         batch = x[0].shape[0]
         engine = library.deepsparse_engine(path, batch, threads, 1, "single_stream", None, None)
-    arrays = [tensor.numpy() for tensor in x]
+    arrays = [_numpy(tensor) for tensor in x]
     engine.execute_list_out(arrays)
     return lambda: engine.execute_list_out(arrays)[0], (
         f"supports {engine.fraction_of_supported_ops():.0%} of the operators"
@@ -126,6 +126,12 @@ class _Lazy:
 
     def copy(self) -> Any:
         return self.get().copy()
+
+
+def _numpy(tensor: Tensor) -> Any:
+    # The engines take dense NCHW, and choose a layout of their own inside. DeepSparse does not
+    # look at the strides of its inputs: it would read channels_last data as NCHW.
+    return tensor.contiguous().numpy()
 
 
 def _widened(module: nn.Module, hint: str) -> nn.Module:

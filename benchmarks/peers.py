@@ -59,7 +59,7 @@ def build(name: str, module: nn.Module, x: tuple[Tensor, ...], threads: int) -> 
             return known[name](module, x, threads)
     except Unavailable:
         raise
-    except Exception as error:  # noqa: BLE001  a peer that fails becomes a line in the table
+    except Exception as error:  # a peer that fails becomes a line in the table
         text = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
         raise Unavailable(text.replace("|", "/")[:160]) from error
 
@@ -110,7 +110,7 @@ def compiled(module: nn.Module, x: tuple[Tensor, ...], mode: str | None) -> tupl
         call = torch.compile(_own_code(module), mode=mode)
         _, code = run_and_get_code(call, *x)
     text = "\n".join(code)
-    inputs = [line for line in re.findall(r"^ +(.*?),? = args$", text, re.MULTILINE)]
+    inputs = re.findall(r"^ +(.*?),? = args$", text, re.MULTILINE)
     if any(len(line.split(",")) > len(x) for line in inputs):
         raise Unavailable("freezing did not happen: the weights are inputs of the compiled code")
     return lambda: call(*x), _what_it_calls(text)
