@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     found = records.read(args.from_jsonl) if args.from_jsonl else measure(args)
     body = tables(found)
-    records.write("cpu_conv", "Packed convolutions on the CPU", body, found, args.quick, __doc__)
+    records.write("cpu_conv", "Packed convolutions on the CPU", body, found, __doc__)
 
 
 def measure(args: argparse.Namespace) -> list[records.Record]:
@@ -55,6 +55,7 @@ def measure(args: argparse.Namespace) -> list[records.Record]:
                 for text, (conv, side) in layers.items():
                     cell = {"dtype": "fp32", "threads": threads, "batch": batch, "format": form,
                             "layer": text, "relu": args.relu}  # fmt: skip
+                    cell |= records.quick_mark(args)
                     if not writer.has(cell):
                         print(cell, flush=True)
                         writer.add(cell, **measure_cell(cell, conv, side, args))

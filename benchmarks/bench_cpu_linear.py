@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     found = records.read(args.from_jsonl) if args.from_jsonl else measure(args)
     body = "\n\n".join([linear_tables.tables(found), linear_tables.summary(found)])
-    records.write("cpu_linear", "Packed linear layers on the CPU", body, found, args.quick, __doc__)
+    records.write("cpu_linear", "Packed linear layers on the CPU", body, found, __doc__)
     if args.chart:
         linear_tables.chart(found, args.chart)
 
@@ -67,6 +67,7 @@ def measure(args: argparse.Namespace) -> list[records.Record]:
             for shape in args.shapes:
                 for rows in args.rows:
                     cell = {"dtype": dtype, "threads": threads, "shape": shape, "rows": rows}
+                    cell |= records.quick_mark(args)
                     if not writer.has(cell):
                         print(cell, flush=True)
                         writer.add(cell, **measure_cell(cell, args))
@@ -96,7 +97,7 @@ def measure_cell(cell: records.Record, args: argparse.Namespace) -> records.Reco
             na[name] = str(reason)
 
     def layer(pattern: str, number: int) -> nn.Module:
-        return linear(copy_of(weights[pattern], number), bias)
+        return linear(weights[pattern] * scale(number), bias)
 
     first = args.patterns[0]
     dense = [layer(first, number) for number in range(copies)]
@@ -109,8 +110,13 @@ def measure_cell(cell: records.Record, args: argparse.Namespace) -> records.Reco
     for pattern in args.patterns:
         size = packed_bytes(out, columns, nmfx.Pattern.parse(pattern), dtype.itemsize)
         count = max(copies, packed_copies(size, args.quick))
-        add(f"nmfx {pattern}", count, lambda i, p=pattern: packed(weights[p], bias, p, x, i),
-            weights[pattern])  # fmt: skip
+        at, scales = weights[pattern], [scale(number) for number in range(count)]
+        try:
+            layers = packed_linear(at, bias, pattern, scales)
+        except (NotImplementedError, nmfx.NMError) as error:
+            na[f"nmfx {pattern}"] = str(error)
+            continue
+        add(f"nmfx {pattern}", count, lambda i, m=layers: (lambda: m[i](x), ""), at)
     with torch.no_grad():
         timed = interleave(calls, args.rounds, args.min_time)
     times = {
@@ -130,17 +136,9 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def copy_of(weight: Tensor, number: int) -> Tensor:
-    """Other memory and other numbers (engines may share equal weights), the same zeros."""
-    return weight * (1 + number / 64)
-
-
-def packed(weight: Tensor, bias: Tensor, pattern: str, x: Tensor, number: int) -> tuple[Call, str]:
-    try:
-        layer = packed_linear(copy_of(weight, number), bias, pattern)
-    except (NotImplementedError, nmfx.NMError) as error:
-        raise Unavailable(str(error)) from error
-    return lambda: layer(x), ""
+def scale(number: int) -> float:
+    """Of the weights of a copy: engines may share equal weights, so no two copies are equal."""
+    return 1 + number / 64
 
 
 def dense_copies(size: int, quick: bool) -> int:

@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     found = records.read(args.from_jsonl) if args.from_jsonl else measure(args)
     body = tables(found)
-    records.write("cpu_model", "Whole models on the CPU", body, found, args.quick, __doc__)
+    records.write("cpu_model", "Whole models on the CPU", body, found, __doc__)
 
 
 def measure(args: argparse.Namespace) -> list[records.Record]:
@@ -51,6 +51,7 @@ def measure(args: argparse.Namespace) -> list[records.Record]:
             for dtype in MODELS[name][1]:
                 for pattern in args.patterns:
                     cell = {"dtype": dtype, "threads": threads, "model": name, "pattern": pattern}
+                    cell |= records.quick_mark(args)
                     if not writer.has(cell):
                         print(cell, flush=True)
                         writer.add(cell, **measure_cell(cell, args))
@@ -80,8 +81,8 @@ def measure_cell(cell: records.Record, args: argparse.Namespace) -> records.Reco
             add(peer, peer, dense)
         try:
             ours = nmfx.lower(copy.deepcopy(dense), (x,), inplace=True)
-            for name in OURS:
-                add(name, name.removeprefix("nmfx "), ours)
+            for peer in [peer for peer in args.peers if peer in TORCH]:
+                add(f"nmfx {peer}", peer, ours)
         except nmfx.NMError as error:
             na["nmfx"] = str(error)
         timed = interleave(calls, args.rounds, args.min_time)

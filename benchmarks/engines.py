@@ -30,8 +30,9 @@ def _onnxruntime(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tupl
     with _onnx_file(module, x) as path:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    for meta, tensor in zip(session.get_inputs(), x, strict=True):
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(_numpy(tensor))
+    arrays = [_numpy(tensor) for tensor in x]
+    held = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+    for meta, value in zip(session.get_inputs(), held, strict=True):
         binding.bind_ortvalue_input(meta.name, value)
     output = session.get_outputs()[0].name
     binding.bind_output(output)
@@ -40,7 +41,7 @@ def _onnxruntime(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tupl
         session.run_with_iobinding(binding)
         return _Lazy(lambda: binding.get_outputs()[0].numpy())
 
-    return call, ""
+    return _keeping(call, arrays, held), ""
 
 
 def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:
@@ -66,7 +67,8 @@ def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[C
     if used != hint:
         raise Unavailable(f"asked for {hint}, it computes in {used} on this CPU")
     request = model.create_infer_request()
-    held = [openvino.Tensor(_numpy(tensor), shared_memory=True) for tensor in inputs]
+    arrays = [_numpy(tensor) for tensor in inputs]
+    held = [openvino.Tensor(array, shared_memory=True) for array in arrays]
     for position, tensor in enumerate(held):
         request.set_input_tensor(position, tensor)
 
@@ -74,14 +76,14 @@ def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[C
         request.infer()
         return _Lazy(lambda: request.get_output_tensor(0).data)
 
-    return call, f"computes in {used}"
+    return _keeping(call, arrays, held), f"computes in {used}"
 
 
 def _deepsparse(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:
     if x[0].dtype == torch.bfloat16:
         raise Unavailable("it has fp32 and int8 only")
     library = _deepsparse_library()
-    with _onnx_file(module, x) as path:
+    with _onnx_file(module, x, old=True) as path:
         batch = x[0].shape[0]
         engine = library.deepsparse_engine(path, batch, threads, 1, "single_stream", None, None)
     arrays = [_numpy(tensor) for tensor in x]
@@ -115,6 +117,12 @@ def _deepsparse_library() -> Any:
     return importlib.import_module("deepsparse.lib").init_deepsparse_lib()
 
 
+def _keeping(call: Call, *held: Any) -> Call:
+    """`call`, keeping its inputs alive: the engines read their memory without owning it."""
+    call.held = held  # type: ignore[attr-defined]
+    return call
+
+
 class _Lazy:
     """An output that is copied out of the engine only when somebody looks at it."""
 
@@ -141,8 +149,11 @@ def _widened(module: nn.Module, hint: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _onnx_file(module: nn.Module, x: tuple[Tensor, ...]) -> Any:
-    """A file with the module, as long as an engine needs it to build itself."""
+def _onnx_file(module: nn.Module, x: tuple[Tensor, ...], old: bool = False) -> Any:
+    """A file with the module, as long as an engine needs it to build itself.
+
+    `old`: for engines of 2023, the least opset that torch exports and an IR version to match.
+    """
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +162,11 @@ def _onnx_file(module: nn.Module, x: tuple[Tensor, ...]) -> Any:
             onnx.save(model, path)
         else:
             with contextlib.redirect_stdout(io.StringIO()):
-                program = torch.onnx.export(module.eval(), x, dynamo=True, verbose=False)
+                program = torch.onnx.export(
+                    module.eval(), x, dynamo=True, verbose=False, opset_version=18 if old else None
+                )
+            if old:
+                program.model.ir_version = 8
             program.save(str(path), external_data=True)
         yield str(path)
 

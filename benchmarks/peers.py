@@ -29,12 +29,22 @@ class Unavailable(Exception):
     """This peer cannot run this module here; the text says why."""
 
 
-def packed_linear(weight: Tensor, bias: Tensor | None, pattern: str) -> Callable[[Tensor], Tensor]:
-    """A linear layer of nmfx. The only place that knows the signature of its kernel."""
+def packed_linear(
+    weight: Tensor, bias: Tensor | None, pattern: str, scales: list[float]
+) -> list[Callable[[Tensor], Tensor]]:
+    """Linear layers of nmfx with the weights `scale * weight`, each in memory of its own.
+
+    The only place that knows the signature of the kernel. Packed once, because that is slow.
+    """
     parsed = Pattern.parse(pattern)
     values, index = nmfx.packing.pack(weight, parsed)
     columns = weight.shape[1]
-    return lambda x: nmfx.linear_nm(x, values, index, bias, columns, parsed.n, parsed.m)
+
+    def layer(scale: float) -> Callable[[Tensor], Tensor]:
+        own = values * scale, index.clone()
+        return lambda x: nmfx.linear_nm(x, *own, bias, columns, parsed.n, parsed.m)
+
+    return [layer(scale) for scale in scales]
 
 
 def packed_conv(conv: nn.Conv2d, pattern: str) -> Callable[[Tensor], Tensor]:
