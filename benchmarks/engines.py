@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import sys
-import tempfile
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_file import onnx_file
 from peers import Call, Unavailable
 from torch import Tensor, nn
 
@@ -27,7 +24,7 @@ def _onnxruntime(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tupl
     # It may spin while it works, but not afterwards: that would slow down the next candidate.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    with _onnx_file(module, x) as path:
+    with onnx_file(module, x) as path:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     arrays = [_numpy(tensor) for tensor in x]
@@ -51,7 +48,7 @@ def _openvino(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[C
     inputs = [t.float() if t.is_floating_point() else t for t in x]
     core = openvino.Core()
     # Weights of bf16 models are widened exactly; the hint makes OpenVINO narrow them again.
-    with _onnx_file(_widened(module, hint), tuple(inputs)) as path:
+    with onnx_file(_widened(module, hint), tuple(inputs)) as path:
         # The hint is given explicitly: where the CPU has bf16, OpenVINO uses it by default.
         model = core.compile_model(
             path,
@@ -83,7 +80,7 @@ def _deepsparse(module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple
     if x[0].dtype == torch.bfloat16:
         raise Unavailable("it has fp32 and int8 only")
     library = _deepsparse_library()
-    with _onnx_file(module, x, old=True) as path:
+    with onnx_file(module, x, old=True) as path:
         batch = x[0].shape[0]
         engine = library.deepsparse_engine(path, batch, threads, 1, "single_stream", None, None)
     arrays = [_numpy(tensor) for tensor in x]
@@ -146,56 +143,3 @@ def _widened(module: nn.Module, hint: str) -> nn.Module:
     import copy
 
     return copy.deepcopy(module).float() if hint == "bf16" else module
-
-
-@contextlib.contextmanager
-def _onnx_file(module: nn.Module, x: tuple[Tensor, ...], old: bool = False) -> Any:
-    """A file with the module, as long as an engine needs it to build itself.
-
-    `old`: for engines of 2023, the least opset that torch exports and an IR version to match.
-    """
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        if model := _by_hand(module, x):
-            onnx.save(model, path)
-        else:
-            with contextlib.redirect_stdout(io.StringIO()):
-                program = torch.onnx.export(
-                    module.eval(), x, dynamo=True, verbose=False, opset_version=18 if old else None
-                )
-            if old:
-                program.model.ir_version = 8
-            program.save(str(path), external_data=True)
-        yield str(path)
-
-
-def _by_hand(module: nn.Module, x: tuple[Tensor, ...]) -> Any:
-    """One linear or conv layer with an optional ReLU: quick to write, and old enough for all."""
-    from onnx import TensorProto, helper, numpy_helper
-    from peers import one_layer
-
-    try:
-        layer, relu = one_layer(module)
-    except Unavailable:
-        return None
-    weights = {"w": layer.weight, **({} if layer.bias is None else {"b": layer.bias})}
-    if isinstance(layer, nn.Linear):
-        if x[0].ndim != 2:
-            return None
-        node = helper.make_node("Gemm", ["x", *weights], ["y"], transB=1)
-    else:
-        pads = [*layer.padding, *layer.padding]
-        attributes = {"strides": list(layer.stride), "pads": pads, "group": layer.groups}
-        node = helper.make_node("Conv", ["x", *weights], ["y"], **attributes)
-    nodes = [node, *([helper.make_node("Relu", ["y"], ["z"])] if relu else [])]
-    shape = list(module(*x).shape)
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x[0].shape))],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(t.detach().numpy(), name) for name, t in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
