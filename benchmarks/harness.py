@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ import torch
 import nmfx
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("onnxruntime", "openvino", "deepsparse", "transformers")
 
 
 def cpu_name() -> str:
@@ -30,27 +33,50 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def header(title: str) -> str:
-    """Title, hardware, versions and command, as Markdown."""
+def hardware() -> str:
+    """CPU and vector instructions, as in the names of the result files."""
+    return f"{cpu_name()} {capability()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch, nmfx and of the peers that are installed."""
+    found = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "nmfx": nmfx.__version__,
+    }
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def header(title: str, machine: str | None = None, found: dict[str, str] | None = None) -> str:
+    """Title, hardware, versions and command, as Markdown.
+
+    `machine` and `found` are those of an earlier run whose records are rendered now.
+    """
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    listed = ", ".join(f"{name} {version}" for name, version in (found or versions()).items())
     return "\n".join(
         [
             f"# {title}",
             "",
-            f"- {datetime.date.today():%Y-%m-%d}, {cpu_name()}, {capability()}, "
-            f"{torch.get_num_threads()} cores",
-            f"- Python {platform.python_version()}, torch {torch.__version__}, "
-            f"nmfx {nmfx.__version__}",
+            f"- {datetime.date.today():%Y-%m-%d}, {machine or hardware()}",
+            f"- {listed}",
             f"- `{command}`",
             "",
         ]
     )
 
 
-def write_result(what: str, text: str) -> Path:
+def write_result(what: str, text: str, machine: str | None = None) -> Path:
     """Writes results/<what>_<hardware>_<yyyymm>.md and returns its path."""
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {capability()}".lower()).strip("-")
-    path = RESULTS / f"{what}_{hardware}_{datetime.date.today():%Y%m}.md"
+    name = (machine or hardware()).rpartition(",")[0]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = RESULTS / f"{what}_{slug}_{datetime.date.today():%Y%m}.md"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
