@@ -1,4 +1,4 @@
-# Every target installs what is missing, then runs. Needed beforehand: make, and python3 with venv.
+# Every target installs what is missing, then runs. Needed beforehand: make, g++, python3 with venv.
 
 PYTHON ?= python3
 # Test workers: one per core of the machine CI runs on.
@@ -23,16 +23,19 @@ endif
 
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint native
 
-demo: $(READY)  ## dense, STE and SR-STE training side by side
+demo: native  ## dense, STE and SR-STE training side by side
 	$(RUN) -m nmfx demo
 
-test: lint  ## what CI runs: lint, types, the fast tests
+test: lint native  ## what CI runs: lint, types, the fast tests
 	$(RUN) -m pytest -n $(WORKERS)
 
-test-all: lint  ## everything: slow tests too, and many more hypothesis examples
+test-all: lint native  ## everything: slow tests too, and many more hypothesis examples
 	NMFX_HYPOTHESIS_PROFILE=deep $(RUN) -m pytest -n $(WORKERS) -m "deep or not deep"
+
+native: $(READY)  ## the C++ kernels, with $(CXX); does nothing when they are up to date
+	$(RUN) nmfx/kernels/cpu/build.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -36,18 +36,23 @@ def packed_linear(
     """
     parsed = Pattern.parse(pattern)
     values, index = nmfx.packing.pack(weight, parsed)
-    columns = weight.shape[1]
+    shape = tuple(weight.shape)
 
     def layer(scale: float) -> Callable[[Tensor], Tensor]:
         own = values * scale, index.clone()
-        return lambda x: nmfx.linear_nm(x, *own, bias, columns, parsed.n, parsed.m)
+        return lambda x: nmfx.linear_nm(x, *own, bias, *shape, parsed.n, parsed.m)
 
     return [layer(scale) for scale in scales]
 
 
 def packed_conv(conv: nn.Conv2d, pattern: str) -> Callable[[Tensor], Tensor]:
     """A convolution of nmfx. The only place that knows the signature of its kernel."""
-    raise NotImplementedError("conv_nm not there yet")
+    parsed = Pattern.parse(pattern)
+    weight = conv.weight.detach()
+    packed = nmfx.packing.pack_conv(weight, conv.groups, parsed)
+    where = (conv.stride, conv.padding, conv.dilation, conv.groups, tuple(weight.shape))
+    bias = None if conv.bias is None else conv.bias.detach()
+    return lambda x: nmfx.conv_nm(x, *packed, bias, *where, parsed.n, parsed.m)
 
 
 def build(name: str, module: nn.Module, x: tuple[Tensor, ...], threads: int) -> tuple[Call, str]:

@@ -94,24 +94,50 @@ def paper_groups(shape: Sequence[int], m: int, layout: str) -> list[list[int]]:
     return [walk[start : start + m] for start in range(0, len(walk), m)]
 
 
+def packed_width(m: int) -> int:
+    """Bits of one index field."""
+    return 2 if m <= 4 else 4 if m <= 16 else 8
+
+
+def packed_field(words: Sequence[int], slot: int, width: int) -> int:
+    """The index field of a slot, from the (signed) words of one lane of one block."""
+    word, k = slot * width // 32, slot % (32 // width)
+    bits = words[word] % 2**32  # as an unsigned number
+    half = bits >> 16 if k % 2 else bits & 0xFFFF  # odd slots fill the high half
+    return half >> (k // 2 * width) & ((1 << width) - 1)
+
+
 def read_packed(
-    values: Sequence[Sequence[int]], index: Sequence[Sequence[int]], cols: int, n: int, m: int
+    values: Sequence[Sequence[Sequence[int]]],
+    index: Sequence[Sequence[Sequence[int]]],
+    rows: int,
+    cols: int,
+    n: int,
+    m: int,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Reads the packed format, from the text at the top of `packing.py`.
 
     Args:
-        values, index: the rows of the two tensors, values as bit patterns.
+        values: [block][slot][lane], as bit patterns.
+        index: [block][word][lane].
+        rows, cols: of the dense weight.
 
     Returns:
         (dense, fields): the rows of bit patterns of the dense weight, and of the index fields.
+
+    Raises:
+        IndexError: a field that points outside its group.
     """
-    width = 1 if m <= 2 else 2 if m <= 4 else 4 if m <= 16 else 8
     dense, fields = [], []
-    for row_values, row_index in zip(values, index, strict=True):
+    for r in range(rows):
+        block, lane = r // 16, r % 16
+        words = [word[lane] for word in index[block]]
         row, row_fields = [0] * cols, []
-        for k, value in enumerate(row_values):
-            field = row_index[k * width // 8] >> (k * width % 8) & ((1 << width) - 1)
-            row[k // n * m + field] = value
+        for slot in range(cols // m * n):
+            field = packed_field(words, slot, packed_width(m))
+            if field >= m:
+                raise IndexError(f"row {r}, slot {slot}: {field} is outside a group of {m}")
+            row[slot // n * m + field] = values[block][slot][lane]
             row_fields.append(field)
         dense.append(row)
         fields.append(row_fields)

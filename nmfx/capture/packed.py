@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..mask import as_bits
-from ..packing import pack, pack_conv, packed_bytes, unpack, unpack_conv
+from ..packing import check_packed, pack, pack_conv, packed_bytes, unpack, unpack_conv
 from ..pattern import Pattern
 
 
@@ -41,6 +41,27 @@ def unpack_weight(
         return unpack_conv(values, index, shape, groups, pattern)
     rows = unpack(values, index, shape[1 - dim], shape[dim], pattern)
     return rows if dim == 1 else rows.t()
+
+
+def check_weight(
+    values: Tensor,
+    index: Tensor,
+    shape: tuple[int, ...],
+    dim: int,
+    groups: int,
+    pattern: Pattern,
+) -> None:
+    """Checks tensors that claim to be the packed form of a weight of `shape`.
+
+    Raises:
+        NMError: see `nmfx.packing.check_packed`.
+    """
+    if len(shape) == 2:
+        return check_packed(values, index, shape[1 - dim], shape[dim], pattern)
+    columns = torch.Size(shape[1:]).numel()
+    for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True):
+        check_packed(v, i, shape[0] // groups, columns, pattern)
+    return None
 
 
 def packed_weight_bytes(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import NMError
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
+from .packed import check_weight
 
 
 @dataclass
@@ -175,6 +176,34 @@ class NMModule:
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         move_state(self, fn)  # type: ignore[arg-type]
         return result
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        check_loaded(self, state_dict, prefix)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+def check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuses packed tensors that are none, before they are copied into a layer.
+
+    Raises:
+        NMError: an index outside its group, and all else that `check_packed` finds.
+    """
+    for site in module.__dict__.get(SITES, ()):
+        if site.state != "packed":
+            continue
+        names = packed_names(site.path)
+        values, index = (state_dict.get(prefix + name) for name in names)
+        own = [get_path(module, name).shape for name in names]
+        if not (isinstance(values, Tensor) and isinstance(index, Tensor)):
+            continue  # torch tells what is missing, and what has another size
+        if [values.shape, index.shape] != own:
+            continue
+        try:
+            check_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+        except NMError as error:
+            raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
 
 
 HOLDER = "_nmfx"  # the child of a GraphModule that is its Holder

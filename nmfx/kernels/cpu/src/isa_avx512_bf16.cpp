@@ -173,7 +173,7 @@ void input_for_dot(const Call& c, void* x, int64_t ldx, int64_t p0, int64_t p1) 
 
 }  // namespace
 
-// Every number of rows has its dot kernel: a dot product does two multiply-adds where the panel
+// Every number of rows has its dot kernel (untimed, see isa_avx512.cpp): a dot product does two multiply-adds where the panel
 // kernel does one.
 const Isa isa_avx512_bf16 = {"avx512_bf16",
                              V::kLanes,
