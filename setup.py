@@ -32,6 +32,8 @@ class BuildWithKernels(build_py):
 
 
 class PlatformDistribution(Distribution):
+    """A package for one kind of machine, as it holds a shared library."""
+
     def has_ext_modules(self):
         return True
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .errors import NMError
-from .mask import DTYPES, as_bits, check_groups, is_nm, nm_mask
+from .mask import DTYPES, as_bits, check_groups, is_nm, magnitude, nm_mask
 from .pattern import MAX_M, Pattern, PatternLike
 
 BLOCK = 16  # rows of a block
@@ -140,8 +140,9 @@ def pack_conv(weight: Tensor, groups: int, pattern: PatternLike) -> tuple[Tensor
         (values, index) as from `pack`, with groups * ceil(out_channels / groups / 16) blocks.
 
     Raises:
-        NMError: as `pack`.
+        NMError: as `pack`, and M does not divide the channels.
     """
+    check_groups(weight, Pattern.parse(pattern), 1)
     rows = weight.movedim(1, -1).flatten(1)
     packed = [pack(part, pattern) for part in rows.chunk(groups)]
     values, index = (torch.cat(parts) for parts in zip(*packed, strict=True))
@@ -171,16 +172,18 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     Returns:
         The pattern, or None if no N:M with M <= 64 holds that makes the weight smaller.
     """
-    nonzero = weight.detach() != 0
+    # By bits: with the flush-denormal flag set, `weight != 0` calls a denormal zero.
+    nonzero = magnitude(weight.detach()) != 0
     size, itemsize = weight.shape[dim], weight.dtype.itemsize
-    best, best_bytes = None, BLOCK * size * itemsize  # of one block: all blocks are alike
+    columns = size * weight.shape[2:].numel()  # of a convolution: all kernel positions
+    best, best_bytes = None, BLOCK * columns * itemsize  # of one block: all blocks are alike
     # A pattern that saves anything keeps fewer than all: a dense weight is out after one pass.
     if not weight.numel() or int(nonzero.sum()) == weight.numel():
         return None
     for m in range(2, min(size, MAX_M) + 1):
         if size % m == 0:
             n = max(1, int(nonzero.unflatten(dim, (-1, m)).sum(dim + 1).max()))
-            size_in_bytes = packed_bytes(BLOCK, size, Pattern(n, m), itemsize)
+            size_in_bytes = packed_bytes(BLOCK, columns, Pattern(n, m), itemsize)
             if size_in_bytes < best_bytes:
                 best, best_bytes = Pattern(n, m), size_in_bytes
     return best
@@ -197,6 +200,8 @@ def check_packed(values: Tensor, index: Tensor, rows: int, cols: int, pattern: P
     pattern = Pattern.parse(pattern)
     if cols % pattern.m:
         raise NMError(f"cols={cols} is not a multiple of {pattern.m}, as {pattern} needs")
+    if rows < 0:
+        raise NMError(f"rows={rows} is negative")
     if values.dtype not in DTYPES or index.dtype != torch.int32:
         raise NMError(
             f"packed values are float16, bfloat16, float32 or float64 and the index is int32, "

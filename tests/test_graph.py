@@ -22,10 +22,11 @@ from nmfx.graph.rewrite import (
     replace_with_packed,
 )
 from nmfx.graph.table import TABLE, consumer_of, groups_argument
+from nmfx.ops.conv_nm import conv_nm
 from nmfx.ops.keep import keep
 from nmfx.ops.linear_nm import linear_nm
 from nmfx.ops.sr_ste import make_control, sr_ste
-from nmfx.packing import pack
+from nmfx.packing import pack, pack_conv
 from nmfx.pattern import Pattern
 
 aten = torch.ops.aten
@@ -329,11 +330,61 @@ def test_replace_with_packed_computes_the_same(
     torch.testing.assert_close(run(root, graph, x), expected)
 
 
+_EVERY = {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "w_shape", "groups"),
+    [
+        (F.conv1d, ("x", "w"), {}, (4, 8, 3), 1),
+        (F.conv1d, ("x", "w", "b", 2, 1, 2, 2), {}, (4, 4, 3), 2),
+        (F.conv1d, ("x", "w", "b"), {"padding": "same", "groups": 2}, (4, 4, 2), 2),
+        (F.conv2d, (), {"input": "x", "weight": "w", "bias": "b", **_EVERY}, (4, 4, 3, 3), 2),
+        (F.conv2d, ("x", "w", None, (2, 1)), {"padding": (0, 1)}, (4, 8, 1, 3), 1),
+        (aten.conv1d.default, ("x", "w", "b", [2], [1], [1]), {}, (4, 8, 3), 1),
+        (aten.conv1d.padding, ("x", "w", "b", [1], "same"), {}, (4, 8, 3), 1),
+        (aten.conv2d.default, ("x", "w", "b"), {"groups": 2}, (4, 4, 3, 3), 2),
+        (aten.conv2d.padding, ("x", "w", None, [1, 1], "valid"), {}, (4, 8, 3, 3), 1),
+        (
+            *(aten.convolution.default, ("x", "w", "b", [2], [1], [1], False, [0], 2)),
+            *({}, (4, 4, 3), 2),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_replace_with_packed_computes_the_same_convolution(
+    op: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    w_shape: tuple[int, ...],
+    groups: int,
+) -> None:
+    root, graph = Root(w_shape), graph_of_case(op, args, **kwargs)
+    x = torch.randn(2, 8, *[7] * (len(w_shape) - 2))
+    root.weight.data.masked_fill_(~nm_mask(root.weight, 2, 4, 1), 0.0)
+    expected = run(root, graph, x)
+    uses = find_uses(graph, is_weight)
+    assert can_pack(uses) is None
+    values, index = pack_conv(root.weight.data, groups, Pattern(2, 4))
+    root.register_buffer("values", values)
+    root.register_buffer("index", index)
+    replace_with_packed(graph, uses, "values", "index", w_shape, Pattern(2, 4))
+    assert count(graph, conv_nm) == 1
+    assert count(graph, op) == 0
+    assert not any(is_weight(node) for node in graph.nodes), "the dense weight is still read"
+    torch.testing.assert_close(run(root, graph, x), expected)
+
+
 @pytest.mark.parametrize(
     ("op", "args", "kwargs", "reason"),
     [
-        (F.conv1d, ("x", "w"), {}, "conv has no packed kernel yet"),
         (F.conv_transpose1d, ("x", "w"), {}, "conv_transpose has no packed kernel yet"),
+        (
+            aten.convolution.default,
+            ("x", "w", None, [1], [0], [1], True, [0], 1),
+            {},
+            "conv_transpose has no packed kernel yet",
+        ),
         (torch.addmm, ("b", "x", "w"), {"alpha": 2}, "addmm with alpha or beta"),
         (torch.addmm, ("b", "x", "w"), {"beta": 0}, "addmm with alpha or beta"),
     ],

@@ -272,14 +272,17 @@ def test_graph_lowers(make: Make, in_graph: int, first: str) -> None:
     rows = {row.fqn: row for row in nmfx.report(lowered)}
     assert {name for name, row in rows.items() if row.state == "packed"} == {
         "w",
+        "kernel",
         "mixed",
         "fc.weight",
     }
-    assert rows["kernel"].reason.startswith("conv has no packed kernel yet")
+    assert rows["back"].reason.startswith("conv_transpose has no packed kernel yet")
     state = lowered.state_dict()
-    assert {"w_values", "w_index", "mixed_values", "fc.weight_index"} <= set(state)
-    assert not {"w", "mixed", "fc.weight"} & set(state)
+    packed = {"w_values", "w_index", "kernel_values", "kernel_index", "mixed_values"}
+    assert packed | {"fc.weight_index"} <= set(state)
+    assert not {"w", "kernel", "mixed", "fc.weight"} & set(state)
     assert "nmfx_linear_nm(" in lowered.code
+    assert "nmfx_conv_nm(" in lowered.code
     assert "nmfx_sr_ste" not in lowered.code
     with pytest.raises(nmfx.NMError, match=r"its dense weight is gone$"):
         nmfx.unsparsify(lowered)

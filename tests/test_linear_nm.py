@@ -264,10 +264,16 @@ def test_linear_nm_refuses_an_unknown_activation() -> None:
 
 def test_linear_nm_refuses_tensors_on_several_devices() -> None:
     _, (values, index, bias), constants = packed_case()
-    assert refused(torch.empty(3, 16, device="meta"), values, index, bias, *constants) == (
-        "input is on meta, the packed weight on cpu and cpu, the bias on cpu: move the whole "
+    assert refused(torch.randn(3, 16), values.to("meta"), index, bias, *constants) == (
+        "input is on cpu, the packed weight on meta and cpu, the bias on cpu: move the whole "
         "model with .to(device)"
     )
+
+
+def test_linear_nm_of_meta_tensors_as_linear() -> None:
+    _, tensors, constants = packed_case()
+    out = linear_nm(torch.empty(3, 16, device="meta"), *(t.to("meta") for t in tensors), *constants)
+    assert out.shape == (3, 6), out.shape
 
 
 def test_linear_nm_takes_a_bias_of_any_strides() -> None:

@@ -39,6 +39,21 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     return nmfx.fold(model), nmfx.lower(model, tune=False)
 
 
+# The native kernels sum in another order than torch: compared by norms, within the dtype.
+BOUNDS = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error <= BOUNDS[want.dtype], f"relative norm of the difference: {error:.1e}"
+
+
 def nodes(graph: torch.fx.Graph) -> int:
     ops = (torch.ops.nmfx.linear_nm, torch.ops.nmfx.linear_nm.default)
     return sum(node.target in ops for node in graph.nodes)
@@ -49,9 +64,9 @@ def test_lowered_from_any_dtype_equals_folded(dtype: torch.dtype) -> None:
     folded, lowered = pair(dtype)
     for shape in ((16,), (5, 16), (2, 3, 16)):
         x = torch.randn(shape).to(dtype)
-        assert torch.equal(lowered(x), folded(x)), shape
+        assert_near(lowered(x), folded(x))
     assert lowered[0].weight_values.dtype == dtype
-    assert lowered[0].weight_index.dtype == torch.uint8
+    assert lowered[0].weight_index.dtype == torch.int32
 
 
 def test_lowered_input_gradient_equals_folded() -> None:
@@ -82,7 +97,7 @@ def test_lowered_compiles_with_fullgraph() -> None:
     assert graphs == [2], graphs
     torch.compiler.reset()
     compiled = torch.compile(lowered, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), folded(x))
+    assert_near(compiled(x), folded(x))
     (got,), (want,) = (torch.autograd.grad(m(x).sum(), x) for m in (compiled, folded))
     torch.testing.assert_close(got, want)
 
@@ -107,8 +122,8 @@ def test_lowered_exports_one_node_per_weight_and_runs() -> None:
     loaded = torch.export.load(file).module()
     for rows in (1, 5, 9):
         x = torch.randn(rows, 16)
-        assert torch.equal(program.module()(x), folded(x))
-        assert torch.equal(loaded(x), folded(x))
+        assert_near(program.module()(x), folded(x))
+        assert torch.equal(loaded(x), program.module()(x))
 
 
 @pytest.mark.deep
@@ -159,7 +174,8 @@ def test_lowered_state_dict_holds_plain_tensors_and_round_trips() -> None:
             tensor.zero_()
     other.load_state_dict(loaded)
     x = torch.randn(5, 16)
-    assert torch.equal(other(x), folded(x))
+    assert torch.equal(other(x), lowered(x))
+    assert_near(other(x), folded(x))
     assert other(x).any()
 
 
@@ -175,7 +191,7 @@ def test_lowered_to_bfloat16_is_the_folded_model_to_bfloat16() -> None:
     folded.to(torch.bfloat16)
     lowered.to(torch.bfloat16)
     x = torch.randn(5, 16).to(torch.bfloat16)
-    assert torch.equal(lowered(x), folded(x))
+    assert_near(lowered(x), folded(x))
     # Rounding the values keeps the pattern, so the dense weight is the rounded one.
     assert torch.equal(lowered[0].weight, folded[0].weight)
 
@@ -199,7 +215,7 @@ def test_lowered_under_autocast_equals_folded() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual, wanted = lowered(x), folded(x)
     assert actual.dtype == wanted.dtype == torch.bfloat16, actual.dtype
-    assert torch.equal(actual, wanted)
+    assert_near(actual, wanted)
 
 
 def test_lowered_reads_back_as_the_folded_weight() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import nmfx
+from nmfx.kernels.cpu import status
 from nmfx.ops.linear_nm import linear_nm
 from nmfx.packing import unpack
 from nmfx.pattern import Pattern
@@ -106,9 +107,9 @@ def test_state_dict_holds_plain_packed_tensors(inplace: bool) -> None:
         ]
     )
     assert all(type(value) is Tensor for value in state.values())
-    assert state["fc1.weight_values"].shape == (32, 8)
-    assert state["fc1.weight_index"].shape == (32, 2)
-    assert state["fc1.weight_index"].dtype == torch.uint8
+    assert state["fc1.weight_values"].shape == (2, 8, 16)
+    assert state["fc1.weight_index"].shape == (2, 1, 16)
+    assert state["fc1.weight_index"].dtype == torch.int32
     twin = nmfx.lower(sparse(), inplace=True, tune=False)
     twin.load_state_dict(state)
     assert torch.equal(twin.eval()(X), lowered.eval()(X))
@@ -121,7 +122,7 @@ def test_packed_buffers_hold_the_masked_weight() -> None:
     packed = unpack(
         lowered.fc1.weight_values,
         lowered.fc1.weight_index,
-        *dense.fc1.weight.shape,
+        *raw.shape,
         Pattern(1, 4),
     )
     assert torch.equal(packed, torch.where(nm_mask(raw, 1, 4, 1), raw, 0.0))
@@ -223,7 +224,7 @@ def test_dtypes_before_and_after_lowering(dtype: torch.dtype) -> None:
     before = nmfx.lower(copy.deepcopy(model).to(dtype), (X.to(dtype),), tune=False)
     for lowered in (before, after):
         assert lowered.fc1.weight_values.dtype == dtype
-        assert lowered.fc1.weight_index.dtype == torch.uint8
+        assert lowered.fc1.weight_index.dtype == torch.int32
         tolerance = {torch.float64: 1e-9}.get(dtype, 2e-2)
         torch.testing.assert_close(
             lowered(X.to(dtype)), folded(X.to(dtype)), rtol=tolerance, atol=tolerance
@@ -471,7 +472,6 @@ def mixed() -> nn.Module:
 
 
 REASONS = {
-    "conv.weight": "conv has no packed kernel yet; folded",
     "up.weight": "conv_transpose has no packed kernel yet; folded",
     "branch.weight": "its weight is not read by a traced linear; folded",
     "attention.in_proj_weight": "its weight is not read by a traced linear; folded",
@@ -487,17 +487,49 @@ def test_every_dense_layer_of_a_lowered_model_has_its_reason() -> None:
     lowered = nmfx.lower(model, (x,), tune=False)
     rows = {row.fqn: row for row in nmfx.report(lowered)}
     assert {name for name, row in rows.items() if row.state == "packed"} == {
+        "conv.weight",
         "gpt.weight",
         "fc.weight",
     }
     assert {name: rows[name].reason for name in REASONS} == REASONS
     torch.testing.assert_close(lowered(x), nmfx.fold(model)(x))
-    for name in ("conv", "branch", "up"):
+    assert torch.equal(lowered.conv.weight, nmfx.fold(model).conv.weight)
+    for name in ("branch", "up"):
         assert nmfx.is_nm(
             lowered.get_parameter(f"{name}.weight"), "1:4", 0 if name == "up" else 1
         ), f"{name}: not folded"
         assert type(lowered.get_submodule(name)).__name__[:2] != "NM", "not the original class"
     assert type(lowered.attention) is nn.MultiheadAttention
+
+
+def test_convolutions_over_volumes_stay_dense_with_the_reason() -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Conv3d(8, 32, 1), nn.Conv2d(8, 32, 1)), {"?": "1:4"})
+    volume, picture = nmfx.report(nmfx.lower(model, tune=False))
+    assert (volume.state, volume.reason) == ("dense", "3-D conv has no packed kernel yet; folded")
+    assert (picture.state, picture.reason) == ("packed", "")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d], ids=["1d", "2d"])
+@pytest.mark.parametrize("source", ["sparse", "frozen", "folded"])
+def test_lowered_convolutions_equal_folded(make: Any, groups: int, source: str) -> None:
+    first = make(8, 32, 3, padding=1, stride=2, groups=groups)
+    model = nn.Sequential(first, nn.ReLU(), make(32, 32, 3, padding="same", bias=False))
+    nmfx.sparsify(model, {"?": "1:4"})
+    if source == "frozen":
+        nmfx.freeze(model)
+    folded = nmfx.fold(model)
+    x = torch.randn(2, 8, *[9] * (folded[0].weight.ndim - 2))
+    lowered = nmfx.lower(folded if source == "folded" else model, (x,), tune=False)
+    assert states(lowered) == {"0.weight": "packed", "2.weight": "packed"}
+    torch.testing.assert_close(lowered(x), folded(x))
+    for row, i in zip(nmfx.report(lowered), (0, 2), strict=True):
+        assert row.bytes < row.bytes_dense
+        assert torch.equal(lowered[i].weight, folded[i].weight)
+        assert type(lowered.state_dict()[f"{i}.weight_values"]) is Tensor
+    assert list(lowered.state_dict()) == [
+        *("0.bias", "0.weight_values", "0.weight_index", "2.weight_values", "2.weight_index"),
+    ]
 
 
 def test_a_layer_that_was_never_sparse_is_not_called_folded() -> None:
@@ -523,7 +555,7 @@ def prune_(weight: Tensor, pattern: str, zero: float, dim: int = 1) -> None:
 @pytest.mark.parametrize("pattern", ["1:3", "2:4", "1:4", "2:12", "1:12", "3:6"])
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_zeros_that_somebody_else_made_are_found(pattern: str, zero: float) -> None:
-    model = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
     prune_(model[0].weight, pattern, zero)
     expected, x = model(torch.ones(2, 24)), torch.ones(2, 24)
     lowered = nmfx.lower(model, (x,), tune=False)
@@ -553,7 +585,7 @@ def test_hf_conv1d_packs_along_its_rows(bias: bool) -> None:
         lowered = nmfx.lower(source, (x,), tune=False)
         (row, _) = nmfx.report(lowered)
         assert (row.state, row.kind, row.shape) == ("packed", "addmm", (16, 8))
-        assert lowered[0].weight_values.shape == (8, 4)
+        assert lowered[0].weight_values.shape == (1, 4, 16)
         torch.testing.assert_close(lowered(x), expected)
 
 
@@ -613,10 +645,11 @@ def test_schedule_verbs_on_a_partly_lowered_model_touch_the_rest() -> None:
     model(X).sum().backward()
 
 
-def test_the_report_of_a_lowered_model_counts_bytes_and_warns_about_speed() -> None:
+def test_the_report_of_a_lowered_model_counts_bytes_and_names_the_kernels() -> None:
     report = nmfx.report(nmfx.lower(sparse(), tune=False))
     row = report.rows[0]
     assert (row.fqn, row.shape, row.lambda_w) == ("fc1.weight", (32, 16), None)
-    assert (row.bytes_dense, row.bytes) == (32 * 16 * 4, 32 * 8 * 4 + 32 * 2)
+    assert (row.bytes_dense, row.bytes) == (32 * 16 * 4, 32 * 8 * 4 + 32 * 4)
     assert "Nothing was timed." in str(report)
+    assert report.notes[-1] == status()
     assert report.totals["bytes"] < report.totals["bytes_dense"]

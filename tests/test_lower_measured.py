@@ -127,13 +127,58 @@ def test_tune_false_packs_everything_and_asks_nothing(monkeypatch: pytest.Monkey
 
 def test_a_candidate_that_computes_something_else_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, PACKED_WINS)
-    monkeypatch.setattr("nmfx.tuning.layers.linear_packed", lambda x, *args: x.new_zeros(3, 32))
+    monkeypatch.setattr("nmfx.tuning.layers.linear_nm", lambda x, *args: x.new_zeros(3, 32))
     model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), "2:4")
     lowered = nmfx.lower(model, (X,))
     assert states(lowered)[0] != "packed"
     assert any(
         note == "0.weight: packed differs from dense by 1.0e+00 and was not used"
         for note in nmfx.report(lowered).notes
+    )
+
+
+PICTURE = torch.linspace(-2, 2, 2 * 8 * 5 * 5).reshape(2, 8, 5, 5).sin()
+
+
+def convs() -> nn.Module:
+    return nmfx.sparsify(nn.Sequential(nn.Conv2d(8, 32, 3), nn.Conv2d(32, 4, 1)), {"?": "1:4"})
+
+
+@pytest.mark.parametrize(
+    ("ms", "state"), [(PACKED_WINS, "packed"), (DENSE_WINS, "dense")], ids=["packed", "dense"]
+)
+def test_convolutions_are_dense_or_packed(
+    ms: dict[str, float], state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = install(monkeypatch, ms)
+    model = convs()
+    lowered = nmfx.lower(model, (PICTURE,))
+    assert states(lowered) == [state, state]
+    assert [names for names, _ in fake.asked] == [{"dense", "packed"}] * 2
+    assert [row.rows for row in nmfx.report(lowered)] == [(2,), (2,)], "the batch size"
+    torch.testing.assert_close(lowered(PICTURE), nmfx.fold(model)(PICTURE))
+
+
+def test_convolutions_stay_dense_without_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install(monkeypatch, PACKED_WINS)
+    reason = "without example inputs the size of its pictures is not known; folded"
+    report = nmfx.report(nmfx.lower(convs()))
+    assert [(row.state, row.reason) for row in report] == [("dense", reason)] * 2
+    assert not fake.asked
+
+
+def test_a_packed_convolution_that_computes_something_else_is_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, PACKED_WINS)
+    monkeypatch.setattr(
+        "nmfx.tuning.layers.conv_nm", lambda x, *args, **kwargs: x.new_zeros(2, 32, 3, 3)
+    )
+    lowered = nmfx.lower(nmfx.sparsify(nn.Sequential(nn.Conv2d(8, 32, 3)), "1:4"), (PICTURE,))
+    assert states(lowered) == ["dense"]
+    assert (
+        "0.weight: packed differs from dense by 1.0e+00 and was not used"
+        in nmfx.report(lowered).notes
     )
 
 
@@ -333,6 +378,7 @@ def test_interrupted_at_any_line_it_leaves_a_whole_folded_model(
     install(monkeypatch, PACKED_WINS)
     model = sources()[source].eval()
     folded = nmfx.fold(model)
+    interrupted(copy.deepcopy(model), -1)  # the first run fills caches, so it runs more lines
     total = interrupted(copy.deepcopy(model), -1)
     assert total > 300, "too few lines: is the trace armed?"
     # Every line of the end, where layers are swapped one after the other, would take minutes.

@@ -1,4 +1,4 @@
-"""The native CPU kernels of nmfx::linear_nm: every instruction set against the float64 definition."""
+"""The native CPU kernels of nmfx::linear_nm against the float64 definition, per instruction set."""
 
 from __future__ import annotations
 
@@ -182,11 +182,7 @@ def test_every_pattern_with_few_and_with_many_rows(isa: str, pattern: str) -> No
 @each_isa
 def test_one_row_of_odd_sizes(isa: str, size: int) -> None:
     m = next((m for m in range(2, 65) if size % m == 0), 1)
-    for pattern, cols in (
-        (Pattern(max(1, m // 2), m), size),
-        (Pattern(2, 4), 4 * size),
-        (Pattern(3, 5), 5 * size),
-    ):
+    for pattern, cols in ((Pattern(max(1, m // 2), m), size), (Pattern(2, 4), 4 * size)):
         for dtype in DTYPES:
             call = Call(pattern, size, cols // pattern.m, 1, "contiguous", True, "none", size)
             check_call(isa, dtype, call)
@@ -273,7 +269,7 @@ def test_python_threads_share_a_layer(isa: str) -> None:
                     assert torch.equal(alone, together), f"{dtype}, {rows} rows"
 
 
-# --- corrupted and odd arguments -------------------------------------------------------------------
+# --- corrupted and odd arguments ---------------------------------------------------------------
 
 
 @needs_library
@@ -339,10 +335,15 @@ except Exception as error:
 """
 
 
+def lacking() -> list[str]:
+    """One instruction set that this machine does not have, if there is any."""
+    return [name for name in cpu.NAMES if name not in cpu.available()][-1:]
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, str]:
     """What a fresh process says for each value of the variable."""
-    names = (*cpu.NAMES, "none", "avx9")
+    names = (*cpu.available(), *lacking(), "none", "avx9")
     processes = {
         name: subprocess.Popen(
             [sys.executable, "-c", _REPORT],
@@ -363,13 +364,12 @@ def reports() -> dict[str, str]:
 
 @needs_library
 def test_the_variable_pins_an_instruction_set(reports: dict[str, str]) -> None:
-    for name in cpu.NAMES:
-        if name in cpu.available():
-            status = f"packed layers run native {name} kernels"
-            assert reports[name] == f"{name}|{status}|[[3.0], [3.0]]"
-        else:
-            lacks = f"NMFX_CPU_ISA={name}: this machine lacks it, it has {cpu.available()}"
-            assert reports[name] == f"NMError|{lacks}"
+    for name in cpu.available():
+        status = f"packed layers run native {name} kernels"
+        assert reports[name] == f"{name}|{status}|[[3.0], [3.0]]"
+    for name in lacking():
+        lacks = f"NMFX_CPU_ISA={name}: this machine lacks it, it has {cpu.available()}"
+        assert reports[name] == f"NMError|{lacks}"
 
 
 def test_the_variable_none_leaves_the_reference_kernel(reports: dict[str, str]) -> None:

@@ -155,8 +155,8 @@ def test_pack_keeps_every_special_value(dtype: torch.dtype, layout: str) -> None
     specials = [b | s for b in special_bits(dtype).values() for s in (0, sign)]
     weight = from_bits([b for special in specials for b in (special, 0, 0, 0)], dtype).view(6, 16)
     values, index = pack(lay_out(weight, layout), "1:4")
-    kept = [[slot[row] for slot in bits_blocks(values)[0]] for row in range(6)]
-    assert sum(kept, []) == specials, values
+    slots = bits_blocks(values)[0]
+    assert [slot[row] for row in range(6) for slot in slots] == specials, values
     dense = unpack(values, index, 6, 16, "1:4")
     assert reference.raw_bits(dense) == reference.raw_bits(weight), dense
 

@@ -20,11 +20,12 @@ X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16).sin()
 
 
 class Net(nn.Module):
-    """A layer for every reason not to pack, and two that can be."""
+    """A layer for every reason not to pack, and three that can be."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(4, 16, 1)
+        self.up = nn.ConvTranspose1d(16, 16, 1)
         self.odd = nn.Linear(6, 6)
         self.fc = nn.Linear(16, 16)
         self.unused = nn.Linear(16, 16)
@@ -33,7 +34,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.last = self.conv(x).mean(-1)
+        self.last = self.up(self.conv(x)).mean(-1)
         return self.head(self.fc(self.last)) + torch.rand(())
 
 
@@ -69,13 +70,14 @@ def test_preview_is_the_table_of_a_lowered_model(monkeypatch: pytest.MonkeyPatch
     report = nmfx.preview(Net(), "2:4", (Y,))
     assert isinstance(report, nmfx.Report)
     assert [(row.fqn, row.state, row.reason) for row in report] == [
-        ("conv.weight", "dense", "conv has no packed kernel yet"),
+        ("conv.weight", "would pack", report.rows[0].reason),
+        ("up.weight", "dense", "conv_transpose has no packed kernel yet"),
         (
             "odd.weight",
             "dense",
             "in_features=6 is not a multiple of 4, so 2:4 groups would straddle rows",
         ),
-        ("fc.weight", "would pack", report.rows[2].reason),
+        ("fc.weight", "would pack", report.rows[3].reason),
         ("unused.weight", "dense", "the example inputs never reach it"),
         (
             "head.weight",
@@ -83,15 +85,19 @@ def test_preview_is_the_table_of_a_lowered_model(monkeypatch: pytest.MonkeyPatch
             "the output layer stays dense by default; name it in a rule to include it",
         ),
     ]
-    fc = report.rows[2]
+    conv, fc = report.rows[0], report.rows[3]
+    assert conv.reason.endswith("packed 3.00x as fast as dense")
+    assert (conv.rows, conv.ms_dense, conv.ms_chosen, conv.ratio) == ((2,), 3.0, 1.0, 3.0)
+    # 16 rows of 2 values and of one word of index
+    assert (conv.bytes_dense, conv.bytes) == (16 * 4 * 4, 16 * 2 * 4 + 16 * 4)
     assert fc.reason.endswith("packed 3.00x as fast as dense")
     assert (fc.rows, fc.ms_dense, fc.ms_chosen, fc.ratio) == ((2,), 3.0, 1.0, 3.0)
-    assert (fc.bytes_dense, fc.bytes) == (1024, 16 * 8 * 4 + 16 * 2)
+    assert (fc.bytes_dense, fc.bytes) == (1024, 16 * 8 * 4 + 16 * 4)
     assert fc.pattern.text == "2:4"
     text = str(report)
     assert "preview: nothing was changed; timed with random weights under random masks" in text
-    assert "all timed layers: dense 3.000 ms, as chosen 1.000 ms (3.00x)" in text
-    assert "fc.weight      linear  16x16   2:4      would pack" in text
+    assert "all timed layers: dense 6.000 ms, as chosen 2.000 ms (3.00x)" in text
+    assert "fc.weight      linear          16x16    2:4      would pack" in text
 
 
 @pytest.mark.parametrize("ms", [PACKED_WINS, PREPACKED_WINS, DENSE_WINS])

@@ -20,6 +20,7 @@ PUBLIC = [
     "Report",
     "Sad",
     "attach",
+    "conv_nm",
     "fold",
     "freeze",
     "is_nm",

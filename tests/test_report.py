@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 import nmfx
+from nmfx.kernels.cpu import status
 from nmfx.pattern import Pattern
 from nmfx.report import Report, Row
 
@@ -62,19 +63,22 @@ def test_table_of_a_mixed_model() -> None:
 
 
 def test_table_of_a_lowered_model() -> None:
-    model = nn.Sequential(nn.Linear(16, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 8))
-    lowered = nmfx.lower(nmfx.sparsify(model, {"2": None, "?": "1:4"}), tune=False)
+    model = nn.Sequential(
+        *(nn.Linear(16, 32), nn.Conv1d(8, 32, 1), nn.ConvTranspose1d(8, 8, 1), nn.Linear(8, 8))
+    )
+    lowered = nmfx.lower(nmfx.sparsify(model, {"3": None, "?": "1:4"}), tune=False)
     assert lines(nmfx.report(lowered)) == [
-        "parameter  kind    shape  pattern  state   bytes  reason",
-        "0.weight   linear  8x16   1:4      packed    136",
-        "1.weight   conv    8x8x1  -        dense     256  conv has no packed kernel yet; folded",
-        "2.weight   linear  8x8    -        dense     256  kept dense by rule '2'",
+        "parameter  kind            shape   pattern  state   bytes  reason",
+        "0.weight   linear          32x16   1:4      packed    640",
+        "1.weight   conv            32x8x1  1:4      packed    384",
+        "2.weight   conv_transpose  8x8x1   -        dense     256  "
+        "conv_transpose has no packed kernel yet; folded",
+        "3.weight   linear          8x8     -        dense     256  kept dense by rule '3'",
         "",
-        "1 of 3 layers and 50.0% of their 256 weights are N:M sparse (N:M keeps N of every M); "
-        "1,024 bytes dense, 648 as stored",
+        f"2 of 4 layers and {768 / 896:.1%} of their 896 weights are N:M sparse "
+        "(N:M keeps N of every M); 3,584 bytes dense, 1,536 as stored",
         "tune=False: every layer that can be packed is packed. Nothing was timed.",
-        "packed layers run the reference kernel in plain torch, which unpacks the weight on every "
-        "call: smaller than dense, and slower.",
+        status(),
     ]
 
 
@@ -113,21 +117,27 @@ def test_rows_hold_every_field() -> None:
 
 
 def test_frozen_and_packed_rows() -> None:
-    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), {"?": "2:4"})
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8)), {"?": "2:4"})
     nmfx.freeze(model)
     assert [row.state for row in nmfx.report(model)] == ["frozen", "frozen"]
     assert "SR-STE decay" not in str(nmfx.report(model)), "frozen layers have no decay"
     (row, _) = nmfx.report(nmfx.lower(model, tune=False))
     assert row == Row(
-        *("0.weight", "linear", (8, 16), Pattern(2, 4), "packed", "leaf", None, False),
-        *(512, 8 * 8 * 4 + 8 * 2, ""),
+        *("0.weight", "linear", (32, 16), Pattern(2, 4), "packed", "leaf", None, False),
+        *(2048, 32 * 8 * 4 + 32 * 4, ""),
     )
 
 
 def test_bytes_follow_the_dtype() -> None:
-    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 8)), "1:4").bfloat16()
-    assert nmfx.report(model).totals["bytes"] == 8 * 16 * 2
-    assert nmfx.report(nmfx.lower(model, tune=False)).totals["bytes"] == 8 * 4 * 2 + 8 * 1
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 32)), "1:4").bfloat16()
+    assert nmfx.report(model).totals["bytes"] == 32 * 16 * 2
+    assert nmfx.report(nmfx.lower(model, tune=False)).totals["bytes"] == 32 * 4 * 2 + 32 * 4
+
+
+def test_rows_that_fill_up_a_block_are_stored_and_counted() -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 8)), "2:4")
+    (row,) = nmfx.report(nmfx.lower(model, tune=False))
+    assert (row.bytes_dense, row.bytes) == (8 * 16 * 4, 16 * 8 * 4 + 16 * 4)
 
 
 def test_totals() -> None:

@@ -16,18 +16,8 @@ import nmfx
 # Where a raw read is expected, fold and lower change what it reads.
 MASKED_ONLY = [name for name in ZOO if not ZOO[name].findings]
 
-# All their sparse weights belong to convolutions or attention: lower folds these, and says so.
-NO_LINEAR = {
-    "hf_resnet",
-    "resnet50",
-    "resnet50_channels_last",
-    "resnext50",
-    "mobilenet_v2",
-    "unet",
-    "conv_family",
-    "self_attention",
-    "cross_attention",
-}
+# All their sparse weights belong to attention: lower folds these, and says so.
+NOTHING_PACKED = {"self_attention", "cross_attention"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
@@ -186,5 +176,9 @@ def test_zoo_lower_stays_close_to_the_folded_model(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=rtol, atol=rtol * float(want.abs().max()))
     for key, value in lowered.state_dict().items():
         assert type(value) is Tensor, f"{key} is a {type(value).__name__}"
-    packed = [row.fqn for row in nmfx.report(lowered) if row.state == "packed"]
-    assert bool(packed) != (name in NO_LINEAR), f"packed: {packed}"
+    rows = nmfx.report(lowered).rows
+    packed = [row.fqn for row in rows if row.state == "packed"]
+    assert bool(packed) != (name in NOTHING_PACKED), f"packed: {packed}"
+    folded = {row.fqn for row in rows if row.kind == "conv" and row.reason.endswith("; folded")}
+    volumes = {row.fqn for row in rows if row.kind == "conv" and len(row.shape) == 5}
+    assert folded == volumes, "exactly the 3-D convolutions have no packed kernel"

@@ -18,7 +18,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import NMError
 from ..packing import unpack_conv
 from ..pattern import Pattern
-from .packed import ACTIVATIONS, activation_grad, autocast_all, check_packed_call
+from .packed import (
+    ACTIVATIONS,
+    activation_grad,
+    autocast_all,
+    check_packed_call,
+    is_autocast,
+    run_op,
+)
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _library.define(
@@ -27,6 +34,7 @@ _library.define(
     "str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_op = torch.ops.nmfx.conv_nm.default
 
 
 def conv_nm(
@@ -73,7 +81,7 @@ def conv_nm(
             f"input of shape {tuple(input.shape)} does not fit a weight of shape "
             f"{tuple(weight_shape)}"
         )
-    if torch.is_autocast_enabled(input.device.type):
+    if is_autocast(input):
         input, values, bias = autocast_all(input, values, bias)
     batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
@@ -100,7 +108,7 @@ def conv_nm(
         activation,
     )
     try:
-        out = torch.ops.nmfx.conv_nm(*arguments)
+        out = run_op(_op, x, values, bias, *arguments)
     except RuntimeError:
         # The native kernel only says that something does not fit. Here it is found out what.
         _output_shape(*arguments)
@@ -134,7 +142,7 @@ def _padded(
         return x, _each(padding, dims)
     if any(step != 1 for step in stride):
         raise NMError(f"padding='same' needs stride 1, got {tuple(stride)}")
-    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=False)]
     if any(total % 2 for total in totals):
         x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
     return x, [total // 2 for total in totals]

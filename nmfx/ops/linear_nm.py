@@ -17,7 +17,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import NMError
 from ..packing import unpack
 from ..pattern import Pattern
-from .packed import ACTIVATIONS, activation_grad, autocast_all, check_packed_call
+from .packed import (
+    ACTIVATIONS,
+    activation_grad,
+    autocast_all,
+    check_packed_call,
+    is_autocast,
+    run_op,
+)
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -31,6 +38,7 @@ _library.define(
     "int out_features, int in_features, int n, int m) -> Tensor",
     tags=_tags,
 )
+_op = torch.ops.nmfx.linear_nm.default
 
 
 def linear_nm(
@@ -69,10 +77,10 @@ def linear_nm(
         parts = input.unbind()
         flat = linear_nm(torch.cat(parts), values, index, bias, *constants)
         return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
-    if torch.is_autocast_enabled(input.device.type):
+    if is_autocast(input):
         input, values, bias = autocast_all(input, values, bias)
     try:
-        return torch.ops.nmfx.linear_nm(input, values, index, bias, *constants)
+        return run_op(_op, input, values, bias, input, values, index, bias, *constants)
     except RuntimeError:
         # The native kernel only says that something does not fit. Here it is found out what.
         _check(input, values, index, bias, *constants)

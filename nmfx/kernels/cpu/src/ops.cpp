@@ -51,8 +51,8 @@ nmfx::Activation activation_of(const std::string& name) {
 
 // A packed weight whose tensors have the shapes that (out, columns, n, m, groups) ask for.
 nmfx::Weight weight_of(const Tensor& input, const Tensor& values, const Tensor& index,
-                       const std::optional<Tensor>& bias, int64_t out, int64_t columns,
-                       int64_t groups, int64_t n, int64_t m) {
+                       std::optional<Tensor>& bias, int64_t out, int64_t columns, int64_t groups,
+                       int64_t n, int64_t m) {
   STD_TORCH_CHECK(n >= 1 && n <= m && m <= 64 && out >= 0 && columns >= 0 && groups >= 1 &&
                       columns % m == 0,
                   "not a packed weight: ", out, " x ", columns, " at ", n, ":", m);
@@ -77,8 +77,9 @@ nmfx::Weight weight_of(const Tensor& input, const Tensor& values, const Tensor& 
   w.index = static_cast<const uint32_t*>(index.const_data_ptr());
   if (bias) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == groups * out &&
-                        bias->is_contiguous() && bias->scalar_type() == input.scalar_type(),
+                        bias->scalar_type() == input.scalar_type(),
                     "the bias does not fit");
+    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);  // the caller keeps it
     w.bias = bias->const_data_ptr();
   }
   return w;
