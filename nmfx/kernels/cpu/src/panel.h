@@ -183,7 +183,7 @@ inline void store_block(const Call& c, float* sums, int64_t ld, int64_t group, i
     }
     activate(sum, ld, out.activation);
   }
-  if (out.step_out == 1) {
+  if (out.image_size == 0) {  // rows: linear and channels-last
     float turned[kMaxTile * kBlock];
     V::transpose_block(sums, ld, turned);
     for (int64_t t = 0; t < count; t++)
