@@ -134,6 +134,6 @@ def chart(found: list[Record], path: Path) -> None:
         panel.set_xlabel("rows of activations")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("speed-up over best dense")
-    panels[0][-1].legend(title="keep N:M", fontsize=9)
+    panels[0][-1].legend(title="keep N:M", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
