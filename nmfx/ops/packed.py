@@ -37,8 +37,8 @@ def activation_grad(name: str, grad: Tensor, x: Tensor) -> Tensor:
 def run_op(op: Any, input: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """`op(*args)`, where `args` hold the three tensors, past autograd if nobody can need it.
 
-    Autograd of a Python operator takes 10 us per call even under `torch.no_grad()`, as long as a
-    768 x 768 layer; in `torch.inference_mode()` torch leaves it out by itself.
+    Autograd of a Python operator took about 10 us per call even under `torch.no_grad()`; in
+    `torch.inference_mode()` torch leaves it out by itself.
     """
     if torch.compiler.is_compiling() or _needs_autograd(input, values, bias):
         return op(*args)

@@ -12,8 +12,8 @@ import torch
 
 from ..kernels import cpu
 
-# A last-level cache of 32 MiB is that of the AMD EPYC and the Xeon of the tests; where the system
-# does not tell, a model below this size is timed with its weights in the cache.
+# The last-level cache of the AMD EPYC that nmfx was developed on; where the system does not tell, a
+# model below this size is timed with its weights in the cache.
 DEFAULT_CACHE_BYTES = 32 * 2**20
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}

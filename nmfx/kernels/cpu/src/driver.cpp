@@ -75,8 +75,9 @@ int vectors_for(int64_t positions, const Isa& isa, int widest) {
   return 8;
 }
 
-// A panel of 16 KB leaves room in a first-level cache of 32 KB for weights and sums: 12 and 24 KB
-// were within the noise of it, narrower tiles up to twice as slow (AMD EPYC, AVX2, 4096 x 4096).
+// A panel of 16 KB leaves room in a first-level cache of 32 KB for weights and sums. Tried on an
+// earlier form of the kernel and a busy machine (AMD EPYC, AVX2, 4096 x 4096, 128 rows, 2:4): 8, 12
+// and 24 KB were within the noise of it, tiles of 2 vectors more than twice as slow as of 8.
 constexpr int64_t kPanelBytes = 16 << 10;
 // Offsets and widened values of more slots would push the panel out.
 constexpr int64_t kMostSlots = 128;

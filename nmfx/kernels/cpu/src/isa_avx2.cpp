@@ -82,7 +82,8 @@ struct V {
 
 namespace nmfx {
 
-// Where the kernels cross, measured on an AMD EPYC (Zen 3), 2048 x 2048 from memory, one thread:
+// Where the kernels cross: AMD EPYC (Zen 3), 2048 x 2048 from memory, one thread, least of 7
+// alternating runs on a machine that was busy with tests:
 // few / panel in ms at 16 rows 2:4 1.70 / 2.68, at 64 rows 6.6 / 5.5; 2:8 at 8 rows 0.97 / 1.48, at
 // 16 rows 2.05 / 1.64; 1:16 at 4 rows 0.22 / 0.29, at 8 rows 0.40 / 0.29.
 const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, false, {{32, 13, 6}, {32, 11, 5}},
