@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import nmfx
-from nmfx.ops.linear_prepacked import WeightCopy, can_prepack, linear_prepacked
+from nmfx.ops.linear_prepacked import linear_prepacked
+from nmfx.ops.weight_copy import WeightCopy, can_prepack
 
 pytestmark = pytest.mark.skipif(
     can_prepack(torch.zeros(16, 16)) is not None, reason="oneDNN is not available"
@@ -128,6 +129,9 @@ def test_can_prepack_says_why_not() -> None:
         "oneDNN keeps no layout for torch.float64"
     )
     assert can_prepack(torch.zeros(0, 4)) == "the weight is empty"
+    assert (
+        can_prepack(torch.zeros(4, 4, 1, 1, 1)) == "no layout is kept for weights with 5 dimensions"
+    )
     assert can_prepack(torch.zeros(4, 4, device="meta")) == "oneDNN works on the CPU, not on meta"
 
 

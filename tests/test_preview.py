@@ -13,7 +13,7 @@ from test_lower import Mlp, snapshot
 from torch import Tensor, nn
 
 import nmfx
-from nmfx.ops.linear_prepacked import can_prepack
+from nmfx.ops.weight_copy import can_prepack
 from nmfx.tuning import timer
 
 X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16).sin()

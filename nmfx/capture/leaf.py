@@ -54,7 +54,7 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         replace_with_packed(graph, uses, *packed_names(WEIGHT), site.shape, site.pattern)
         members["weight"] = property(_unpacked_weight)
     elif site.state == "prepacked":
-        replace_with_prepacked(graph, uses, COPY)
+        replace_with_prepacked(graph, uses, COPY, site.shape)
     elif site.state == "frozen":
         insert_keep(graph, uses, mask_name(0))
     else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from ..ops.linear_prepacked import WeightCopy
+from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
 from .install import refresh, remove

@@ -12,6 +12,8 @@
 
     prepacked   linear(x, weight, bias)              becomes
                 nmfx_linear_prepacked(x, weight, bias, copy, transposed)
+                conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
+                nmfx_conv_prepacked(x, weight, bias, stride, padding, dilation, groups, 2, copy)
 
 Requires: weights reach their consumers straight from a placeholder or get_attr node.
 Ensures: consumers outside the table, and nodes that are no consumers, are left as they were.
@@ -26,6 +28,7 @@ from typing import Any
 from torch import fx
 
 from ..ops.conv_nm import conv_nm
+from ..ops.conv_prepacked import conv_prepacked
 from ..ops.keep import keep
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
@@ -128,23 +131,28 @@ def replace_with_packed(
             graph.erase_node(use.weight)
 
 
-def replace_with_prepacked(graph: fx.Graph, uses: Iterable[Use], copy: str) -> None:
-    """Replaces linear and addmm consumers of a weight by linear_prepacked with attribute `copy`.
+def replace_with_prepacked(
+    graph: fx.Graph, uses: Iterable[Use], copy: str, shape: tuple[int, ...]
+) -> None:
+    """Replaces the consumers of a weight of `shape` by linear_prepacked or conv_prepacked.
 
-    The weight stays where it was. Check with `can_pack`, as for `replace_with_packed`.
+    They find their copy in attribute `copy`; the weight stays where it was. Check with `can_pack`,
+    as for `replace_with_packed`.
     """
     for use in uses:
-        node = use.node
-        transposed = use.consumer.family == "addmm"
-        if transposed:
+        node, family = use.node, use.consumer.family
+        if family == "addmm":
             inputs, bias = argument(node, 1, "mat1"), _added(node)
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         with graph.inserting_before(node):
             store = graph.create_node("get_attr", copy)
-            call = graph.call_function(
-                linear_prepacked, (inputs, use.weight, bias, store, transposed)
-            )
+            target: Callable[..., object] = linear_prepacked
+            rest: tuple[Any, ...] = (store, family == "addmm")
+            if family == "conv":
+                arguments = conv_arguments(node.target, node.args, node.kwargs)
+                target, rest = conv_prepacked, (*arguments.values(), len(shape) - 2, store)
+            call = graph.call_function(target, (inputs, use.weight, bias, *rest))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
 

@@ -86,8 +86,8 @@ def conv_nm(
     batched = input.ndim == dims + 2
     x = input if batched else input.unsqueeze(0)
     kernel_size = list(weight_shape[2:])
-    sizes = [_each(value, dims) for value in (stride, dilation)]
-    x, pads = _padded(x, padding, kernel_size, sizes[1], sizes[0])
+    sizes = [each(value, dims) for value in (stride, dilation)]
+    x, pads = padded(x, padding, kernel_size, sizes[1], sizes[0])
     if dims == 1:  # a picture one pixel high
         x = x.unsqueeze(2)
         kernel_size, pads = [1, *kernel_size], [0, *pads]
@@ -120,12 +120,13 @@ def conv_nm(
 conv_nm.__module__ = "nmfx"  # generated code reads `nmfx_conv_nm(...)`
 
 
-def _each(value: int | Sequence[int], dims: int) -> list[int]:
+def each(value: int | Sequence[int], dims: int) -> list[int]:
+    """An argument of a convolution as one number for each of `dims` dimensions."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
 
 
-def _padded(
+def padded(
     x: Tensor,
     padding: str | int | Sequence[int],
     kernel_size: list[int],
@@ -139,7 +140,7 @@ def _padded(
     if padding != "same":
         if isinstance(padding, str):
             raise NMError(f"padding={padding!r} is neither 'same' nor 'valid'")
-        return x, _each(padding, dims)
+        return x, each(padding, dims)
     if any(step != 1 for step in stride):
         raise NMError(f"padding='same' needs stride 1, got {tuple(stride)}")
     totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=False)]

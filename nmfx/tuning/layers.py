@@ -5,6 +5,7 @@ A new kind of layer is a new function here, and a line in `candidates`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from ..capture.packed import pack_weight
 from ..ops.conv_nm import conv_nm
+from ..ops.conv_prepacked import conv_prepacked
 from ..ops.linear_nm import linear_nm
-from ..ops.linear_prepacked import WeightCopy, can_prepack, linear_prepacked
+from ..ops.linear_prepacked import linear_prepacked
+from ..ops.weight_copy import WeightCopy, can_prepack
 from ..pattern import Pattern
 from .decide import DENSE, PACKED, PREPACKED
 
@@ -48,7 +51,7 @@ class Layer:
 
 def names(layer: Layer) -> list[str]:
     """The candidates that `candidates` makes for a layer; dense comes first."""
-    prepack = layer.prepack and layer.kind != "conv" and can_prepack(layer.weight) is None
+    prepack = layer.prepack and can_prepack(layer.weight) is None
     return [DENSE, *([PREPACKED] if prepack else []), PACKED]
 
 
@@ -93,7 +96,15 @@ def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Run]:
     values, index = pack_weight(weight, layer.dim, layer.groups, layer.pattern)
     n, m = layer.pattern.n, layer.pattern.m
     dense = F.conv1d if len(shape) == 3 else F.conv2d
+    # The copy serves one size of input, and turns away another that comes for the first time.
+    copies: defaultdict[tuple[Any, ...], WeightCopy] = defaultdict(WeightCopy)
+
+    def prepacked(x: Tensor) -> Tensor:
+        copy = copies[x.shape, x.stride()]
+        return conv_prepacked(x, weight, vector, **rest, dims=len(shape) - 2, copy=copy)
+
     return {
         DENSE: lambda x: dense(x, weight, vector, **rest),
+        PREPACKED: prepacked,
         PACKED: lambda x: conv_nm(x, values, index, vector, **rest, weight_shape=shape, n=n, m=m),
     }
