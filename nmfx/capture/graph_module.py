@@ -23,7 +23,7 @@ from ..graph.rewrite import (
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
-from .site import HOLDER, SITES, Site, control_name, holder_of, mask_name, packed_names
+from .site import HOLDER, SITES, Holder, Site, control_name, holder_of, mask_name, packed_names
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -95,4 +95,20 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:
             insert_sr_ste(gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim)
+    _check_loads(gm, any(site.state == "packed" for site in sites))
     gm.recompile()
+
+
+def _check_loads(gm: fx.GraphModule, wanted: bool) -> None:
+    """Has the holder look at what `gm` loads, or no more.
+
+    A hook that is passed the module would refer to it, and torch could not pickle the graph. Copies
+    keep the hook; what is unpickled does not, because torch drops all hooks of a graph there.
+    """
+    hooks, holder = gm._load_state_dict_pre_hooks, holder_of(gm)
+    for key, wrapped in list(hooks.items()):
+        hook = getattr(wrapped, "hook", wrapped)
+        if getattr(hook, "__func__", None) is Holder.check_host:
+            del hooks[key]
+    if wanted and holder is not None:
+        gm._register_load_state_dict_pre_hook(holder.check_host)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ..mask import as_bits
-from ..packing import check_packed, pack, pack_conv, packed_bytes, unpack, unpack_conv
+from ..packing import (
+    Shape,
+    check_packed,
+    pack,
+    pack_conv,
+    packed_bytes,
+    packed_shapes,
+    unpack,
+    unpack_conv,
+)
 from ..pattern import Pattern
 
 
@@ -62,6 +71,16 @@ def check_weight(
     for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True):
         check_packed(v, i, shape[0] // groups, columns, pattern)
     return None
+
+
+def packed_weight_shapes(
+    shape: tuple[int, ...], dim: int, groups: int, pattern: Pattern
+) -> tuple[Shape, Shape]:
+    """Shapes of (values, index) of such a weight."""
+    if len(shape) == 2:
+        return packed_shapes(shape[1 - dim], shape[dim], pattern)
+    values, index = packed_shapes(shape[0] // groups, torch.Size(shape[1:]).numel(), pattern)
+    return (groups * values[0], *values[1:]), (groups * index[0], *index[1:])
 
 
 def packed_weight_bytes(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import NMError
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
-from .packed import check_weight
+from .packed import check_weight, packed_weight_shapes
 
 
 @dataclass
@@ -184,21 +184,25 @@ class NMModule:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
 
-def check_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Refuses packed tensors that are none, before they are copied into a layer.
+
+    Args:
+        store: where the sites are.
+        state_dict, prefix: with the names that the host of the sites has there.
 
     Raises:
         NMError: an index outside its group, and all else that `check_packed` finds.
     """
-    for site in module.__dict__.get(SITES, ()):
+    for site in store.__dict__.get(SITES, ()):
         if site.state != "packed":
             continue
         names = packed_names(site.path)
         values, index = (state_dict.get(prefix + name) for name in names)
-        own = [get_path(module, name).shape for name in names]
+        own = packed_weight_shapes(site.shape, site.dim, site.groups, site.pattern)
         if not (isinstance(values, Tensor) and isinstance(index, Tensor)):
             continue  # torch tells what is missing, and what has another size
-        if [values.shape, index.shape] != own:
+        if (values.shape, index.shape) != own:
             continue
         try:
             check_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
@@ -214,6 +218,10 @@ class Holder(NMModule, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return copied_state(self.__dict__)
+
+    def check_host(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called when the GraphModule is about to load: `check_loaded` for its sites."""
+        check_loaded(self, state_dict, prefix)
 
 
 def holder_of(module: nn.Module) -> Holder | None:
