@@ -24,8 +24,9 @@ from strategies import (
     special_bits,
 )
 
+from nmfx.capture.packed import pack_weight, unpack_weight
 from nmfx.errors import NMError
-from nmfx.mask import nm_project
+from nmfx.mask import as_bits, nm_project
 from nmfx.packing import (
     check_packed,
     detect_pattern,
@@ -39,6 +40,8 @@ from nmfx.packing import (
     unpack_conv,
 )
 from nmfx.pattern import Pattern
+
+PATTERN = Pattern(2, 4)
 
 
 @st.composite
@@ -255,6 +258,20 @@ def test_pack_counts_denormals_as_values(flush_denormal: None) -> None:
     # With the flag set `w != 0` is False for a denormal, and a packer that asks it loses values.
     with pytest.raises(NMError, match="more than 2 nonzeros"):
         pack(from_bits([1, 2, 3, 4], torch.float32).view(1, 4), "2:4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pack_weight_keeps_denormals(flush_denormal: None, dtype: torch.dtype) -> None:
+    # Its own check called a kept denormal a zero, and so a change.
+    weight = from_bits([0, 5, 0, 7] * 8, dtype).view(4, 8)
+    again = unpack_weight(*pack_weight(weight, 1, 1, PATTERN), (4, 8), 1, 1, PATTERN)
+    assert torch.equal(as_bits(again), as_bits(weight))
+
+
+def test_pack_weight_takes_negative_zeros_in_place_of_values() -> None:
+    weight = torch.tensor([[-0.0, -0.0, -0.0, -0.0, 1.0, -0.0, -0.0, -0.0]])
+    again = unpack_weight(*pack_weight(weight, 1, 1, PATTERN), (1, 8), 1, 1, PATTERN)
+    assert torch.equal(again, weight), "as numbers"
 
 
 @given(matrices, st.data())
