@@ -28,7 +28,7 @@ from .plan import make_plan
 from .tuning import timer
 from .tuning.bench import Bench
 from .tuning.choose import choose
-from .tuning.decide import DENSE, PACKED, TIE, Choice
+from .tuning.decide import DENSE, PACKED, TIE, Choice, packed_share
 from .tuning.hardware import kernel_status
 from .tuning.memory import Returning
 from .tuning.progress import progress
@@ -158,6 +158,9 @@ def _tune(job: _Job) -> list[str]:
                 for target, choice in choices.items():
                     _apply(target, choice)
                 _check(job)
+    share = packed_share(choices.values()) if job.calls else None
+    if share is not None:
+        notes.append(share)
     for target, choice in choices.items():
         _note(target, choice)
     return [*notes, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]

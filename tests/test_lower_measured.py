@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.ops.weight_copy import can_prepack
+from nmfx.tuning.layers import Layer, multiply_adds
 from nmfx.tuning.progress import progress
+from nmfx.tuning.shapes import Recorder
 
 X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16).sin()
 PREPACKS = can_prepack(X) is None
@@ -98,6 +100,53 @@ def test_assumed_rows_are_said_and_lose_nowhere(monkeypatch: pytest.MonkeyPatch)
     report = nmfx.report(lowered)
     assert "no example inputs: rows 1, 8 and 128 assumed" in report.notes
     assert report.rows[0].rows == (1, 8, 128)
+
+
+SHARE = "packed kernels carry {} of the multiply-adds of the N:M layers that were measured"
+
+
+def share(model: nn.Module) -> list[str]:
+    return [note for note in nmfx.report(model).notes if note.startswith("packed kernels carry")]
+
+
+def test_the_share_of_packed_multiply_adds_counts_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, lambda rows: PACKED_WINS if rows == 3 else DENSE_WINS)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.a(x))[:1])
+
+    lowered = nmfx.lower(nmfx.sparsify(Two(), {"?": "1:4"}), [(X,), (X,)])
+    assert states(lowered) == ["packed", "dense"]
+    packed, dense = 2 * 2 * 3 * 16 * 16, 2 * 1 * 16 * 8
+    assert share(lowered) == [SHARE.format(f"{packed / (packed + dense):.0%}") + ", counted dense"]
+    assert not share(nmfx.lower(sparse())), "of assumed rows it would say nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "outputs"),
+    [
+        ({"padding": 1}, (2, 8, 5, 7), 2 * 5 * 7),
+        ({"stride": (2, 1), "padding": (1, 0)}, (1, 8, 5, 7), 3 * 5),
+        ({"dilation": 2, "groups": 2, "padding": "same"}, (3, 8, 6, 6), 3 * 6 * 6),
+        ({}, (8, 5, 7), 3 * 5),
+    ],
+)
+def test_multiply_adds_of_a_convolution(
+    options: dict[str, Any], shape: tuple[int, ...], outputs: int
+) -> None:
+    conv = nn.Conv2d(8, 4, 3, **options)
+    recorder = Recorder({"w": conv.weight})
+    with recorder:
+        conv(torch.zeros(shape))
+    [(seen, count)] = recorder.seen["w"].items()
+    layer = Layer("conv", conv.weight, 1, conv.groups, nmfx.Pattern(2, 4), prepack=False)
+    assert count == 1
+    assert multiply_adds(layer, seen) == outputs * conv.weight.numel()
 
 
 def test_a_layer_that_is_never_reached_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmfx.tuning.decide import TIE, Choice, Timing, decide
+from nmfx.tuning.decide import TIE, Choice, Timing, decide, packed_share
 
 MS = st.floats(1e-3, 1e3)
 TIMINGS = st.lists(
@@ -82,3 +82,14 @@ def test_decide_never_loses(timings: list[Timing], every: bool) -> None:
     if every:
         for timing in timings:
             assert timing.ms[choice.name] <= timing.ms["dense"] * (1 + TIE)
+
+
+def test_packed_share_weighs_layers_by_their_work() -> None:
+    packed = Choice("packed", 1.0, 1.0, "", (1,), 300)
+    dense = Choice("dense", 1.0, 1.0, "", (1,), 100)
+    never_measured = Choice("dense", 0.0, 0.0, "")
+    assert packed_share([packed, dense, never_measured]) == (
+        "packed kernels carry 75% of the multiply-adds of the N:M layers that were measured, "
+        "counted dense"
+    )
+    assert packed_share([never_measured]) is None

@@ -13,7 +13,7 @@ from ..calls import TOLERANCE, relative_error
 from . import cache, timer
 from .decide import DENSE, Choice, Timing, decide
 from .hardware import cache_bytes, cpu_model, kernel_digest, kernel_status
-from .layers import Layer, Run, candidates, names
+from .layers import Layer, Run, candidates, multiply_adds, names
 from .shapes import Seen, make_input
 
 # Twice the cache: replacement policies are not exactly least-recently-used.
@@ -60,7 +60,8 @@ class Bench:
         common = [key for key in found[0][0] if all(key in ms for ms, _ in found)]
         timings = [Timing({key: ms[key] for key in common}, count) for ms, count in found]
         rows = tuple(sorted({seen.rows for seen in shapes}))
-        return replace(decide(timings, every=every), rows=rows)
+        work = sum(multiply_adds(layer, seen) * count for seen, count in shapes.items())
+        return replace(decide(timings, every=every), rows=rows, multiply_adds=work)
 
     def notes(self) -> list[str]:
         """For the report: where the numbers come from."""

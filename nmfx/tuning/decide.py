@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Medians of two runs of the same candidate differ by up to this share on a shared machine.
@@ -28,6 +28,7 @@ class Choice:
         ms_dense, ms: milliseconds over all calls, dense and as chosen.
         reason: the measured ratios in words, or why nothing was measured.
         rows: rows of the inputs that were measured; empty if nothing was.
+        multiply_adds: of the dense layer over all calls; 0 if nothing was measured.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Choice:
     ms: float
     reason: str
     rows: tuple[int, ...] = ()
+    multiply_adds: int = 0
 
 
 def stays_dense(reason: str) -> Choice:
@@ -85,3 +87,16 @@ def _reason(chosen: str, total: Mapping[str, float], every: bool) -> str:
     if chosen == PREPACKED and ratios.get(PACKED, 0.0) > 1:
         return f"{text}: packed does not beat prepacked"
     return text
+
+
+def packed_share(choices: Iterable[Choice]) -> str | None:
+    """How much of the work of the measured layers packed kernels do, in words; None without any."""
+    choices = list(choices)
+    total = sum(choice.multiply_adds for choice in choices)
+    if not total:
+        return None
+    packed = sum(choice.multiply_adds for choice in choices if choice.name == PACKED)
+    return (
+        f"packed kernels carry {packed / total:.0%} of the multiply-adds of the N:M layers that "
+        f"were measured, counted dense"
+    )

@@ -22,6 +22,7 @@ from ..ops.linear_prepacked import linear_prepacked
 from ..ops.weight_copy import WeightCopy, can_prepack
 from ..pattern import Pattern
 from .decide import DENSE, PACKED, PREPACKED
+from .shapes import Seen
 
 Run = Callable[[Tensor], Tensor]
 
@@ -65,6 +66,16 @@ def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> d
     """
     made = _convs(layer, bias, dict(rest)) if layer.kind == "conv" else _linears(layer, bias)
     return {name: made[name] for name in names(layer)}
+
+
+def multiply_adds(layer: Layer, seen: Seen) -> int:
+    """Of one call, dense: every weight is used once per row or output position."""
+    if layer.kind != "conv":
+        return seen.rows * layer.weight.numel()
+    weight = torch.empty_like(layer.weight, device="meta")
+    dense = F.conv1d if weight.ndim == 3 else F.conv2d
+    out = dense(weight.new_empty(seen.shape), weight, **dict(seen.rest))
+    return out.numel() // weight.shape[0] * weight.numel()
 
 
 def _bias(layer: Layer, outputs: int, wanted: bool) -> Tensor | None:
