@@ -1,13 +1,15 @@
 """nmfx.lower: from trained, masked weights to the fastest form this machine has for each.
 
     sparsified layer, or a weight that satisfies N:M
-        fold        zeros baked in, original classes
+        fold        zeros baked in, original classes; batch norms folded into convolutions
         measure     dense, prepacked dense, packed: on the inputs the layer really meets
-        swap        the fastest; dense where nothing beats it, with the reason in the report
+        swap        the fastest; dense where nothing beats it, with the reason in the report;
+                    activations move into packed layers
         measure     the whole model against the folded one; dense again if that is not faster
 
 Nothing is written before the example inputs have run once. From then on, whatever interrupts it,
-the model is a whole folded model again: `capture/lowering.py` says how.
+the model is a whole folded model again: `capture/lowering.py` says how. Batch norms that were
+folded by then stay folded.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, get_path, iter_sites, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, packed_names
 from .fold import bake
+from .fusing import Fusing
 from .plan import make_plan
 from .tuning import timer
 from .tuning.bench import Bench
@@ -56,6 +59,11 @@ def lower(
     and `weight_index` in place of the `weight` of a packed layer. `nmfx.report` tells for each
     layer what was measured, what was chosen and why.
 
+    Where the example inputs and the code that calls them show that nothing else reads what lies
+    between, a batch norm in eval mode is folded into the convolution before it (`nn.Identity`
+    stays in its place, and its tensors leave the state_dict), and a ReLU, GELU or SiLU that is a
+    module, or a node of a graph, is computed by the packed layer before it.
+
     Args:
         model: a sparsified model, or one whose weights satisfy an N:M pattern.
         example_inputs: a tuple is one call's arguments, a dict one call's keywords, a list several
@@ -63,6 +71,7 @@ def lower(
             that layers are timed on, and their outputs are compared before and after. Without
             them, 1, 8 and 128 rows are assumed.
         inplace: lower `model` itself, layer by layer, and free its dense weights as it goes.
+            An interruption leaves it folded, as `nmfx.fold` does, but for its batch norms.
         tune: False packs every layer that can be packed without timing anything.
 
     Returns:
@@ -78,27 +87,27 @@ def lower(
     make_plan(model)  # refuse before a copy is made
     model = model if inplace else copy.deepcopy(model)
     plan = make_plan(model)
+    fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     packed = {name for ref in iter_sites(model) for name in packed_names(ref.name)}
     with undisturbed(model, packed.__contains__), evaluation_mode(model, calls):
-        hosts = {entry.candidate.name: entry.candidate for entry in plan.entries}
-        recorder = Recorder({name: get_path(c.host, c.path) for name, c in hosts.items()})
-        expected = run_calls(model, calls)
-        if tune and hosts:
-            with recorder:  # a run of its own: torch's fused paths step aside for any observer
-                run_calls(model, calls)
+        with fusing.witness:
+            expected = run_calls(model, calls)
         undo = None
         try:
             bake(model)
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
+            dense_ms = _whole(model, calls) if tune and targets else None
+            fusing.fold_norms(targets)
             undo = Undo(targets)
-            job = _Job(model, calls, expected, targets, undo, recorder.seen, inplace)
-            notes = _tune(job) if tune else _pack_all(job)
+            job = _Job(model, calls, expected, targets, undo, fusing, inplace)
+            notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
                 candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
             model.__dict__[NOTES] = tuple(notes)
         except BaseException:  # Ctrl-C too
+            fusing.undo()
             if undo is not None:
-                undo()
+                undo()  # after: its graphs are those from before anything was packed
             bake(model)
             model.__dict__.pop(NOTES, None)
             raise
@@ -114,7 +123,7 @@ class _Job:
     expected: list[Any]
     targets: list[Target]
     undo: Undo
-    seen: Mapping[str, Mapping[Seen, int]]
+    fusing: Fusing
     inplace: bool
 
 
@@ -124,27 +133,31 @@ def _pack_all(job: _Job) -> list[str]:
         target.pack()
         memory.freed(target.bytes)
     memory.now()
+    job.fusing.fuse_activations(job.targets)
     _check(job)
     if not job.targets:
         return [_NOTHING_PACKED]
+    for target in job.targets:
+        _note(target, job, "")
     return [_UNTIMED, kernel_status()]
 
 
-def _tune(job: _Job) -> list[str]:
+def _tune(job: _Job, dense_ms: float | None) -> list[str]:
     """Lowers each layer as measured; the notes for the report."""
     if not job.targets:
         return [_NOTHING_PACKED]
-    bench, dense_ms = Bench(job.model), _whole(job)
+    bench, seen = Bench(job.model), _record(job)
     memory = Returning()
     choices: dict[Target, Choice] = {}
     for target in progress(job.targets, "measuring"):
-        choices[target] = _choose(job, bench, target)
+        choices[target] = _choose(job, bench, target, seen)
         _apply(target, choices[target])
         memory.freed(target.bytes)
     memory.now()
+    job.fusing.fuse_activations(job.targets)
     _check(job)
     notes = [] if job.calls else [ASSUMED]
-    lowered_ms = _whole(job)
+    lowered_ms = _whole(job.model, job.calls)
     if dense_ms is not None and lowered_ms is not None:
         ratio = dense_ms / lowered_ms
         notes.append(
@@ -157,22 +170,33 @@ def _tune(job: _Job) -> list[str]:
             else:
                 for target, choice in choices.items():
                     _apply(target, choice)
+                job.fusing.fuse_activations(job.targets)
                 _check(job)
     share = packed_share(choices.values()) if job.calls else None
     if share is not None:
         notes.append(share)
     for target, choice in choices.items():
-        _note(target, choice)
+        _note(target, job, choice.reason, choice)
     return [*notes, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]
 
 
-def _choose(job: _Job, bench: Bench, target: Target) -> Choice:
+def _record(job: _Job) -> Mapping[str, Mapping[Seen, int]]:
+    """The inputs that each layer meets when the calls run, and how often."""
+    recorder = Recorder({target.candidate.name: target.weight for target in job.targets})
+    with recorder:  # a run of its own: torch's fused paths step aside for any observer
+        run_calls(job.model, job.calls)
+    return recorder.seen
+
+
+def _choose(
+    job: _Job, bench: Bench, target: Target, seen: Mapping[str, Mapping[Seen, int]]
+) -> Choice:
     return choose(
         bench,
         target.candidate,
         target.weight,
         target.pattern,
-        job.seen[target.candidate.name] if job.calls else None,
+        seen[target.candidate.name] if job.calls else None,
         prepack=not job.inplace,
     )
 
@@ -192,12 +216,13 @@ def _apply(target: Target, choice: Choice) -> None:
         target.prepack()
 
 
-def _note(target: Target, choice: Choice) -> None:
+def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) -> None:
     """Leaves the reason and the measurement on the layer, for the report."""
     fields, path = target.candidate.host.__dict__, target.candidate.path
-    reason = f"{choice.reason}; folded" if choice.name == DENSE else choice.reason
-    fields.setdefault(SKIPPED, {})[path] = reason
-    if choice.rows:
+    state = ["folded"] if choice is not None and choice.name == DENSE else []
+    texts = [reason, *state, *job.fusing.remarks(target)]
+    fields.setdefault(SKIPPED, {})[path] = "; ".join(text for text in texts if text)
+    if choice is not None and choice.rows:
         fields.setdefault(MEASURED, {})[path] = (choice.rows, choice.ms_dense, choice.ms)
 
 
@@ -210,11 +235,11 @@ def _check(job: _Job) -> None:
             compare_outputs(job.expected[number], output, number)
 
 
-def _whole(job: _Job) -> float | None:
+def _whole(model: nn.Module, calls: list[Call]) -> float | None:
     """Milliseconds of all calls together, or None without calls."""
-    if not job.calls:
+    if not calls:
         return None
-    runs = {"model": lambda: run_calls(job.model, job.calls)}
+    runs = {"model": lambda: run_calls(model, calls)}
     return timer.measure(runs, budget_s=_WHOLE_BUDGET_S)["model"]
 
 
@@ -223,7 +248,8 @@ def _is_slower(job: _Job, lowered: float) -> bool:
 
     It happens where a model has a fused path for its dense layers only.
     """
+    job.fusing.undo()
     job.undo()
     bake(job.model)  # and the guards over packed layers
-    again = _whole(job)
+    again = _whole(job.model, job.calls)
     return again is not None and lowered > again * (1 + TIE)

@@ -70,7 +70,8 @@ class NMHost(NMModule):
 def _note(site: Site) -> str:
     where = "" if site.path == "weight" else f"{site.path} "
     state = "" if site.state == "sparse" else f" {site.state}"
-    return f"{where}{site.pattern}{state}"
+    activation = "" if site.activation == "none" else f" {site.activation}"
+    return f"{where}{site.pattern}{state}{activation}"
 
 
 class _Restoring:

@@ -51,7 +51,8 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     graph, uses, baked = trace_leaf(module)
     members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
     if site.state == "packed":
-        replace_with_packed(graph, uses, *packed_names(WEIGHT), site.shape, site.pattern)
+        names = packed_names(WEIGHT)
+        replace_with_packed(graph, uses, *names, site.shape, site.pattern, site.activation)
         members["weight"] = property(_unpacked_weight)
     elif site.state == "prepacked":
         replace_with_prepacked(graph, uses, COPY, site.shape)

@@ -44,6 +44,7 @@ class Site:
             copy in oneDNN's layout).
         attached: the token of the optimizer hook that applies the decay, or None (in backward).
         groups: of a convolution, else 1.
+        activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
     """
 
     path: str
@@ -57,6 +58,7 @@ class Site:
     state: str = "sparse"
     attached: object | None = None
     groups: int = 1
+    activation: str = "none"
 
     @property
     def lowered(self) -> bool:

@@ -106,6 +106,7 @@ def replace_with_packed(
     index: str,
     shape: tuple[int, ...],
     pattern: Pattern,
+    activation: str = "none",
 ) -> None:
     """Replaces the consumers of a weight of `shape` by linear_nm or conv_nm on packed attributes.
 
@@ -120,11 +121,13 @@ def replace_with_packed(
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         if use.consumer.family == "conv":
-            arguments = conv_arguments(node.target, node.args, node.kwargs)
-            target, rest = conv_nm, (*arguments.values(), tuple(shape))
+            constants = conv_arguments(node.target, node.args, node.kwargs).values()
+            target, rest = conv_nm, (*constants, tuple(shape))
         with graph.inserting_before(node):
             packed = [graph.create_node("get_attr", name) for name in (values, index)]
-            call = graph.call_function(target, (inputs, *packed, bias, *rest, pattern.n, pattern.m))
+            given: dict[str, Any] = {} if activation == "none" else {"activation": activation}
+            arguments = (inputs, *packed, bias, *rest, pattern.n, pattern.m)
+            call = graph.call_function(target, arguments, given)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
         if not use.weight.users:

@@ -1,0 +1,265 @@
+"""Batch norms folded into the convolutions before them, so that nothing is left of them to run.
+
+    y = (W x + b - mean) / sqrt(var + eps) * gamma + beta      becomes      y = (s W) x + t
+
+    s = gamma / sqrt(var + eps)       one number for each output channel, so zeros stay zeros and
+    t = (b - mean) s + beta           the weight keeps its pattern
+
+The batch norm becomes an nn.Identity, or leaves the graph. Each is folded completely or not at all,
+whatever interrupts it; what was folded stays so.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.follow import batch_norm_arguments, batch_norm_result, only_user
+from ..graph.rewrite import Use
+from ..graph.table import argument
+from ..mask import magnitude
+from .graph_module import find_graph_uses
+from .leaf import trace_leaf
+from .lowering import Target
+from .neighbours import NORMS, Neighbour
+from .site import get_path
+
+_ROWS = 64  # converted to float64 at a time
+
+
+def folded(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of the convolution that computes what the two did; computed in float64.
+
+    Args:
+        weight: (out_channels, ...).
+        bias, mean, var, gamma, beta: (out_channels,), or None where that is allowed.
+
+    Returns:
+        Tensors of the dtype of `weight`, zeros as +0.0; None if a finite weight would overflow.
+    """
+    scale = torch.rsqrt(var.double() + eps)
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = shift * scale
+    if beta is not None:
+        shift = shift + beta.double()
+    new = torch.empty_like(weight)
+    each = scale.view(-1, *(1,) * (weight.ndim - 1)).split(_ROWS)
+    for part, into, s in zip(weight.split(_ROWS), new.split(_ROWS), each, strict=True):
+        # Zero times a negative number is -0.0. By bits, as denormals may count as zero.
+        into.copy_(torch.where(magnitude(part) == 0, 0.0, part.double() * s))
+    shift = shift.to(weight.dtype)
+    if not (new.isfinite() | ~weight.isfinite()).all() or not shift.isfinite().all():
+        return None
+    return new, shift
+
+
+class NormFolding:
+    """Folds batch norms one by one; `take_back` undoes the one that an error interrupted."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def take_back(self) -> None:
+        """Undoes a fold that began and did not end."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def _set(self, table: MutableMapping[str, Any], key: str, value: Any) -> None:
+        old = table[key]
+        self._steps.append(lambda: table.__setitem__(key, old))
+        table[key] = value
+
+    def _set_data(self, parameter: nn.Parameter, data: Tensor) -> None:
+        old = parameter.data
+        self._steps.append(lambda: setattr(parameter, "data", old))
+        parameter.data = data
+
+    @torch.no_grad()
+    def fold_module(self, target: Target, pair: Neighbour, training: bool) -> str | None:
+        """Folds the batch norm of `pair` into the convolution of `target`; or says why not.
+
+        Args:
+            target: dense, of leaf capture.
+            pair: its module and the batch norm.
+            training: whether the batch norm was in train mode before.
+        """
+        conv, norm = pair.first, pair.second
+        assert isinstance(norm, nn.Module)
+        obstacle = _obstacle(target, norm, training)
+        if obstacle is not None:
+            return obstacle
+        assert isinstance(norm, NORMS)
+        assert norm.running_mean is not None  # for mypy: see _obstacle
+        assert norm.running_var is not None
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+        assert weight is not None
+        new = folded(
+            weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        if new is None:
+            return "folded in, its weights would overflow"
+        owner, name = next(
+            (module, name)
+            for module in pair.caller.modules()
+            for name, child in module._modules.items()
+            if child is norm
+        )
+        nothing = nn.Identity().train(norm.training)
+        self._set_data(weight, new[0])
+        self._set_bias(conv, bias, new[1], weight.requires_grad)
+        self._set(owner._modules, name, nothing)
+        self._steps.clear()
+        return None
+
+    def _set_bias(
+        self, owner: nn.Module, bias: nn.Parameter | None, new: Tensor, requires_grad: bool
+    ) -> None:
+        if bias is not None:
+            self._set_data(bias, new)
+        else:
+            self._set(owner._parameters, "bias", nn.Parameter(new, requires_grad))
+
+    @torch.no_grad()
+    def fold_graph(self, target: Target) -> str | None:
+        """Folds the batch norm behind a convolution of graph capture, if there is one.
+
+        Returns:
+            "" if it was folded, None if there is none, else the reason why it stays.
+        """
+        gm, path = target.candidate.host, target.candidate.path
+        assert isinstance(gm, fx.GraphModule)
+        uses = find_graph_uses(gm).get(path, [])
+        norm = only_user(uses[0].node) if len(uses) == 1 else None
+        found = None if norm is None else batch_norm_arguments(norm, uses[0].node)
+        if norm is None or found is None or batch_norm_result(norm) is None:
+            return None
+        owner, _ = target.owner
+        constants = _constants(gm, found)
+        bias = _bias(gm, uses[0], owner)
+        if constants is None or isinstance(bias, str):
+            return "its batch norm reads more than constants" if constants is None else str(bias)
+        weight = target.weight
+        assert isinstance(weight, nn.Parameter)
+        new = folded(weight, bias, **constants)
+        if new is None:
+            return "folded in, its weights would overflow"
+        graph, old = _without_norm(gm, uses[0], path.rpartition(".")[0]), gm.graph
+        self._set_data(weight, new[0])
+        if bias is None and "bias" not in owner._parameters:
+            self._steps.append(lambda: owner._parameters.pop("bias", None))
+            owner._parameters["bias"] = None
+        self._set_bias(owner, bias, new[1], weight.requires_grad)
+        self._steps.append(lambda: setattr(gm, "graph", old))
+        gm.graph = graph
+        for name in (found["mean"], found["var"], found["weight"], found["bias"]):
+            if isinstance(name, fx.Node):
+                self._drop_unread(gm, str(name.target))
+        self._steps.clear()
+        return ""
+
+    def _drop_unread(self, gm: fx.GraphModule, path: str) -> None:
+        """Deletes a tensor that the graph no longer reads, from the state_dict too."""
+        if any(node.op == "get_attr" and node.target == path for node in gm.graph.nodes):
+            return
+        owner_path, _, name = path.rpartition(".")
+        owner = get_path(gm, owner_path) if owner_path else gm
+        for table in (owner._parameters, owner._buffers):
+            if name in table:
+                self._steps.append(functools.partial(_refill, table, dict(table)))
+                del table[name]
+
+
+def _refill(table: dict[str, Any], before: dict[str, Any]) -> None:
+    table.clear()
+    table.update(before)
+
+
+def _obstacle(target: Target, norm: nn.Module, training: bool) -> str | None:
+    assert isinstance(norm, NORMS)
+    shape = target.candidate.shape
+    fits = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4}.get(type(norm), len(shape)) == len(shape)
+    if target.candidate.kind != "conv" or not fits or norm.num_features != shape[0]:
+        return "it does not normalise the channels of a convolution"
+    if training:
+        return "it is in train mode; call model.eval() before nmfx.lower"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    graph, uses, _ = trace_leaf(target.candidate.host)
+    output = next(node for node in graph.nodes if node.op == "output")
+    bias = argument(uses[0].node, 2, "bias")
+    plain = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == "bias"
+    if len(uses) != 1 or output.args[0] is not uses[0].node or not plain:
+        return "the layer computes more than a convolution"
+    return None
+
+
+def _constants(gm: fx.GraphModule, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of `folded`, from those of a batch norm in a graph."""
+    names = {"mean": "mean", "var": "var", "weight": "gamma", "bias": "beta"}
+    values: dict[str, Any] = {"eps": found["eps"]}
+    for name, parameter in names.items():
+        node = found[name]
+        if isinstance(node, fx.Node) and node.op != "get_attr":
+            return None
+        values[parameter] = None if node is None else get_path(gm, str(node.target))
+    if values["mean"] is None or values["var"] is None or not isinstance(values["eps"], float):
+        return None
+    return values
+
+
+def _bias(gm: fx.GraphModule, use: Use, owner: nn.Module) -> nn.Parameter | str | None:
+    """The bias parameter of a convolution in a graph, None without, or why it cannot be set."""
+    node = argument(use.node, 2, "bias")
+    if node is None:
+        taken = getattr(owner, "bias", None) is not None
+        return "its module has a bias that the graph does not read" if taken else None
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return "its bias is computed"
+    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == node.target]
+    users = [user for n in reads for user in n.users]
+    parameter = get_path(gm, str(node.target))
+    if users != [use.node] or not isinstance(parameter, nn.Parameter):
+        return "its bias is read elsewhere"
+    return parameter
+
+
+def _without_norm(gm: fx.GraphModule, use: Use, owner: str) -> fx.Graph:
+    """A copy of the graph without the batch norm behind `use`, whose convolution has a bias."""
+    places = {node: number for number, node in enumerate(gm.graph.nodes)}
+    graph = copy.deepcopy(gm.graph)
+    conv = list(graph.nodes)[places[use.node]]
+    norm = only_user(conv)
+    assert norm is not None
+    result = batch_norm_result(norm)
+    assert result is not None
+    if argument(conv, 2, "bias") is None:
+        with graph.inserting_before(conv):
+            bias = graph.create_node("get_attr", f"{owner}.bias" if owner else "bias")
+        if len(conv.args) > 2:
+            conv.update_arg(2, bias)
+        else:
+            conv.update_kwarg("bias", bias)
+    constants = [node for node in norm.all_input_nodes if node.op == "get_attr"]
+    result.replace_all_uses_with(conv)
+    for node in dict.fromkeys((result, norm)):
+        graph.erase_node(node)
+    for node in constants:
+        if not node.users:
+            graph.erase_node(node)
+    return graph

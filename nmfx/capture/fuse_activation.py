@@ -1,0 +1,108 @@
+"""Activations that move into the packed layer before them: no pass of their own over the result.
+
+    conv_nm(x, ...) -> relu        becomes        conv_nm(x, ..., activation="relu")
+
+In a graph the activation's node goes; a child module that is called there, and nowhere else,
+becomes an nn.Identity. `undo` puts modules and graphs back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from ..graph.follow import activation, only_user
+from ..ops.conv_nm import conv_nm
+from ..ops.linear_nm import linear_nm
+from .install import refresh
+from .lowering import Target
+from .neighbours import Neighbour, activation_of
+from .site import SITES, get_path, packed_names
+
+
+class ActivationFusing:
+    """Fuses activations into packed layers, and undoes that."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+        self._graphs: dict[fx.GraphModule, fx.Graph] = {}
+
+    def undo(self) -> None:
+        """Puts back the modules that became identities, and graphs as they were at the first."""
+        while self._graphs:
+            gm, graph = next(iter(self._graphs.items()))
+            gm.graph = graph
+            del self._graphs[gm]
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def fuse_module(self, target: Target, layer: nn.Module, pair: Neighbour) -> str | None:
+        """Fuses what `pair` shows behind a packed layer; the name of the activation, or None.
+
+        Args:
+            target: packed, of leaf capture.
+            layer: its module.
+            pair: what stands behind it.
+        """
+        name = activation_of(pair)
+        if name is None or target.state != "packed":
+            return None
+        second = pair.second
+        if not isinstance(second, nn.Module):
+            self._keep(pair.caller)
+        site = layer.__dict__[SITES][0]
+        site.activation = name
+        refresh(layer, layer)
+        if isinstance(second, nn.Module):
+            owner, key = next(
+                (module, key)
+                for module in pair.caller.modules()
+                for key, child in module._modules.items()
+                if child is second
+            )
+            self._steps.append(lambda: owner._modules.__setitem__(key, second))
+            owner._modules[key] = nn.Identity().train(second.training)
+        else:
+            assert isinstance(pair.caller, fx.GraphModule)
+            _drop(second)
+            pair.caller.recompile()
+        return name
+
+    def _keep(self, gm: nn.Module) -> None:
+        assert isinstance(gm, fx.GraphModule)
+        if gm not in self._graphs:
+            self._graphs[gm] = copy.deepcopy(gm.graph)
+
+    def fuse_graph(self, target: Target) -> str | None:
+        """Fuses what stands behind all uses of a packed weight in a graph; or None."""
+        gm, path = target.candidate.host, target.candidate.path
+        assert isinstance(gm, fx.GraphModule)
+        if target.state != "packed":
+            return None
+        values = get_path(gm, packed_names(path)[0])
+        modules = dict(gm.named_modules(remove_duplicate=False))
+        names: list[str] = []
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function" or node.target not in (linear_nm, conv_nm):
+                continue
+            if get_path(gm, str(node.args[1].target)) is not values:
+                continue
+            after = only_user(node)
+            name = None if after is None else activation(after, node, modules)
+            if after is None or name is None or "activation" in node.kwargs:
+                continue
+            self._keep(gm)
+            node.update_kwarg("activation", name)
+            _drop(after)
+            names.append(name)
+        if names:
+            gm.recompile()
+        return ", ".join(dict.fromkeys(names)) or None
+
+
+def _drop(node: fx.Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)
