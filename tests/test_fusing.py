@@ -214,6 +214,14 @@ def test_a_layer_in_a_list_is_seen_through_the_list() -> None:
     }
 
 
+def test_a_bias_that_two_layers_share_is_not_changed_for_the_other() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), normal(8), nn.Conv2d(8, 8, 1), normal(8))
+    model[2].bias = model[0].bias
+    lowered, found = lowered_equals_folded(sparse(model))
+    assert found == {"0": "1 folded in", "2": "3 folded in"}
+    assert not torch.equal(lowered[0].bias, lowered[2].bias)
+
+
 def test_one_dimension_and_no_affine() -> None:
     norm = normal(8, nn.BatchNorm1d, affine=False)
     _, found = lowered_equals_folded(sparse(nn.Conv1d(8, 8, 3), norm, nn.ReLU()), X[..., 0])
@@ -423,7 +431,7 @@ class Functional(nn.Module):
     ("readers", "reason"),
     [
         (1, "batch norm folded; relu fused"),
-        (2, "batch norm stays: its bias is read elsewhere"),
+        (2, "batch norm stays: its bias is computed, or read elsewhere"),
         (3, ""),
     ],
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .graph_module import find_graph_uses
 from .leaf import trace_leaf
 from .lowering import Target
 from .neighbours import NORMS, Neighbour
-from .site import get_path
+from .site import get_path, join
 
 _ROWS = 64  # converted to float64 at a time
 
@@ -122,18 +123,15 @@ class NormFolding:
         )
         nothing = nn.Identity().train(norm.training)
         self._set_data(weight, new[0])
-        self._set_bias(conv, bias, new[1], weight.requires_grad)
+        # A new parameter: another layer may share the old one.
+        self._set(
+            conv._parameters,
+            "bias",
+            nn.Parameter(new[1], (weight if bias is None else bias).requires_grad),
+        )
         self._set(owner._modules, name, nothing)
         self._steps.clear()
         return None
-
-    def _set_bias(
-        self, owner: nn.Module, bias: nn.Parameter | None, new: Tensor, requires_grad: bool
-    ) -> None:
-        if bias is not None:
-            self._set_data(bias, new)
-        else:
-            self._set(owner._parameters, "bias", nn.Parameter(new, requires_grad))
 
     @torch.no_grad()
     def fold_graph(self, target: Target) -> str | None:
@@ -149,22 +147,25 @@ class NormFolding:
         found = None if norm is None else batch_norm_arguments(norm, uses[0].node)
         if norm is None or found is None or batch_norm_result(norm) is None:
             return None
-        owner, _ = target.owner
         constants = _constants(gm, found)
-        bias = _bias(gm, uses[0], owner)
-        if constants is None or isinstance(bias, str):
-            return "its batch norm reads more than constants" if constants is None else str(bias)
-        weight = target.weight
+        if constants is None:
+            return "its batch norm reads more than constants"
+        place = _bias_place(gm, uses[0], path)
+        if place is None:
+            return "its bias is computed, or read elsewhere"
+        weight, bias = target.weight, place.owner._parameters.get(place.name)
         assert isinstance(weight, nn.Parameter)
         new = folded(weight, bias, **constants)
         if new is None:
             return "folded in, its weights would overflow"
-        graph, old = _without_norm(gm, uses[0], path.rpartition(".")[0]), gm.graph
+        graph, old = _without_norm(gm, uses[0], place.path), gm.graph
         self._set_data(weight, new[0])
-        if bias is None and "bias" not in owner._parameters:
-            self._steps.append(lambda: owner._parameters.pop("bias", None))
-            owner._parameters["bias"] = None
-        self._set_bias(owner, bias, new[1], weight.requires_grad)
+        table = place.owner._parameters
+        if place.name not in table:
+            self._steps.append(lambda: table.pop(place.name, None))
+            table[place.name] = None
+        parameter = nn.Parameter(new[1], (weight if bias is None else bias).requires_grad)
+        self._set(table, place.name, parameter)
         self._steps.append(lambda: setattr(gm, "graph", old))
         gm.graph = graph
         for name in (found["mean"], found["var"], found["weight"], found["bias"]):
@@ -175,8 +176,11 @@ class NormFolding:
 
     def _drop_unread(self, gm: fx.GraphModule, path: str) -> None:
         """Deletes a tensor that the graph no longer reads, from the state_dict too."""
-        if any(node.op == "get_attr" and node.target == path for node in gm.graph.nodes):
-            return
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" and node.target == path:
+                return
+            if node.op == "call_module" and path.startswith(f"{node.target}."):
+                return
         owner_path, _, name = path.rpartition(".")
         owner = get_path(gm, owner_path) if owner_path else gm
         for table in (owner._parameters, owner._buffers):
@@ -223,24 +227,37 @@ def _constants(gm: fx.GraphModule, found: dict[str, Any]) -> dict[str, Any] | No
     return values
 
 
-def _bias(gm: fx.GraphModule, use: Use, owner: nn.Module) -> nn.Parameter | str | None:
-    """The bias parameter of a convolution in a graph, None without, or why it cannot be set."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is kept, or could be."""
+
+    owner: nn.Module
+    name: str
+    path: str  # in the graph
+
+
+def _bias_place(gm: fx.GraphModule, use: Use, weight: str) -> _Place | None:
+    """The place of the bias of a convolution in a graph, beside its weight if it has none yet.
+
+    None if the bias is computed, if something else reads it, or if its place is taken.
+    """
     node = argument(use.node, 2, "bias")
+    path = join(weight.rpartition(".")[0], "bias")
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        path = str(node.target)
+    elif node is not None:
+        return None
+    prefix, _, name = path.rpartition(".")
+    place = _Place(get_path(gm, prefix) if prefix else gm, name, path)
     if node is None:
-        taken = getattr(owner, "bias", None) is not None
-        return "its module has a bias that the graph does not read" if taken else None
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return "its bias is computed"
-    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == node.target]
+        return place if getattr(place.owner, name, None) is None else None
+    reads = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == path]
     users = [user for n in reads for user in n.users]
-    parameter = get_path(gm, str(node.target))
-    if users != [use.node] or not isinstance(parameter, nn.Parameter):
-        return "its bias is read elsewhere"
-    return parameter
+    return place if users == [use.node] and name in place.owner._parameters else None
 
 
-def _without_norm(gm: fx.GraphModule, use: Use, owner: str) -> fx.Graph:
-    """A copy of the graph without the batch norm behind `use`, whose convolution has a bias."""
+def _without_norm(gm: fx.GraphModule, use: Use, path: str) -> fx.Graph:
+    """A copy of the graph without the batch norm behind `use`, whose bias is at `path`."""
     places = {node: number for number, node in enumerate(gm.graph.nodes)}
     graph = copy.deepcopy(gm.graph)
     conv = list(graph.nodes)[places[use.node]]
@@ -250,7 +267,7 @@ def _without_norm(gm: fx.GraphModule, use: Use, owner: str) -> fx.Graph:
     assert result is not None
     if argument(conv, 2, "bias") is None:
         with graph.inserting_before(conv):
-            bias = graph.create_node("get_attr", f"{owner}.bias" if owner else "bias")
+            bias = graph.create_node("get_attr", path)
         if len(conv.args) > 2:
             conv.update_arg(2, bias)
         else:
