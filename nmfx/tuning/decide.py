@@ -47,7 +47,8 @@ def stays_dense(reason: str) -> Choice:
 def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
     """The candidate with the least total time; dense wins ties.
 
-    Packed must beat prepacked too: a user who compiles with freezing has that already.
+    Packed must be faster than prepacked too: a user who compiles with freezing has that already.
+    A tie of these two is no reason for prepacked, which takes more memory.
 
     Args:
         timings: at least one; all with the same candidates, "dense" among them.
@@ -58,14 +59,14 @@ def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
     total = {name: sum(t.ms[name] * t.count for t in timings) for name in names}
     dense = total[DENSE]
 
-    def beats(name: str, other: str) -> bool:
+    def beats(name: str, other: str, tie: float = TIE) -> bool:
         if name not in total or other not in total:
             return name in total
         if every and any(t.ms[name] > t.ms[other] * (1 + TIE) for t in timings):
             return False
-        return total[name] < total[other] * (1 - TIE)
+        return total[name] < total[other] * (1 - tie)
 
-    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED):
+    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED, 0.0):
         chosen = PACKED
     elif beats(PREPACKED, DENSE):
         chosen = PREPACKED
