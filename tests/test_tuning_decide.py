@@ -1,4 +1,4 @@
-"""decide: the least total time, dense wins ties, packed must beat prepacked by any margin; with its sentence."""
+"""decide: the least total time, dense wins ties, packed must beat prepacked; with its sentence."""
 
 from __future__ import annotations
 
