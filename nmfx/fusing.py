@@ -83,20 +83,29 @@ class Fusing:
 
     def fuse_activations(self, targets: Iterable[Target]) -> None:
         """Moves activations into layers that are packed."""
+        targets = list(targets)
+        self._read_graphs_again()
         for target in targets:
             c, name = target.candidate, None
             if c.capture == "graph":
                 name = self._activations.fuse_graph(target)
             elif c.name in self._chains:
                 chain = self._chains[c.name]
-                if isinstance(chain[-1].caller if chain else None, fx.GraphModule):
-                    # Its nodes are others by now, and a batch norm became an identity.
-                    chain = _chain(Neighbours(self._model, [c.host]), c.host)
                 between = [pair.second for pair in chain[:-1]]
                 if chain and all(type(m) is nn.Identity or m in self._folded for m in between):
                     name = self._activations.fuse_module(target, c.host, chain[-1])
             if name is not None:
                 self._remark(target, f"{name} fused")
+
+    def _read_graphs_again(self) -> None:
+        """Their nodes are others since layers were replaced, and batch norms became identities."""
+        layers = {
+            name: chain[0].first
+            for name, chain in self._chains.items()
+            if chain and isinstance(chain[-1].caller, fx.GraphModule)
+        }
+        neighbours = Neighbours(self._model, layers.values())
+        self._chains |= {name: _chain(neighbours, layer) for name, layer in layers.items()}
 
     def undo(self) -> None:
         """Takes back all activations, and a batch norm that was not folded completely."""

@@ -115,12 +115,7 @@ class NormFolding:
         )
         if new is None:
             return "folded in, its weights would overflow"
-        owner, name = next(
-            (module, name)
-            for module in pair.caller.modules()
-            for name, child in module._modules.items()
-            if child is norm
-        )
+        table, name = pair.place_of_second()
         nothing = nn.Identity().train(norm.training)
         self._set_data(weight, new[0])
         # A new parameter: another layer may share the old one.
@@ -129,7 +124,7 @@ class NormFolding:
             "bias",
             nn.Parameter(new[1], (weight if bias is None else bias).requires_grad),
         )
-        self._set(owner._modules, name, nothing)
+        self._set(table, name, nothing)
         self._steps.clear()
         return None
 

@@ -57,14 +57,9 @@ class ActivationFusing:
         site.activation = name
         refresh(layer, layer)
         if isinstance(second, nn.Module):
-            owner, key = next(
-                (module, key)
-                for module in pair.caller.modules()
-                for key, child in module._modules.items()
-                if child is second
-            )
-            self._steps.append(lambda: owner._modules.__setitem__(key, second))
-            owner._modules[key] = nn.Identity().train(second.training)
+            table, key = pair.place_of_second()
+            self._steps.append(lambda: table.__setitem__(key, second))
+            table[key] = nn.Identity().train(second.training)
         else:
             assert isinstance(pair.caller, fx.GraphModule)
             _drop(second)

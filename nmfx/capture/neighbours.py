@@ -37,6 +37,15 @@ class Neighbour:
     first: nn.Module
     second: nn.Module | fx.Node
 
+    def place_of_second(self) -> tuple[dict[str, Any], str]:
+        """Where the second, a module, is kept: a table of children and its name there."""
+        return next(
+            (owner._modules, name)
+            for owner in self.caller.modules()
+            for name, child in owner._modules.items()
+            if child is self.second
+        )
+
 
 class Neighbours:
     """The neighbours that the forwards of a model show.
