@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
+from statistics import geometric_mean
 
 import records
 import torch
@@ -121,8 +122,30 @@ def tables(found: list[records.Record]) -> str:
         head = ["layer", "pattern", "best dense ms", "peer", "nmfx ms", "x best dense",
                 "OpenVINO ms", "DeepSparse ms"]  # fmt: skip
         parts += ["## threads {}, batch {}, {}".format(*key), records.table(head, lines)]
+    parts += ["## Geometric means", summary(found)]
     parts += ["## Not available, and what the compiled code calls", records.reasons(found)]
     return "\n\n".join(parts)
+
+
+def summary(found: list[records.Record]) -> str:
+    """How many times as fast as each kind of peer: geometric mean over the layers (the least)."""
+    ratios: dict[tuple[str, ...], list[list[float]]] = {}
+    for r in found:
+        c = r["cell"]
+        times = {name: t["median"] for name, t in r["times"].items()}
+        for name in [n for n in times if n.startswith("nmfx ")]:
+            pattern = name.split()[1]
+            key = (str(c["threads"]), str(c["batch"]), c["format"], pattern)
+            columns = ratios.setdefault(key, [[], [], []])
+            peers = [[n for n in DENSE if n in times], ["openvino"], [f"deepsparse {pattern}"]]
+            for column, names in zip(columns, peers, strict=True):
+                column += [min(times[n] for n in names) / times[name]] if names[0] in times else []
+    head = ["threads", "batch", "format", "pattern", "x best dense", "x OpenVINO", "x DeepSparse"]
+    return records.table(head, [[*key, *map(_mean, cols)] for key, cols in ratios.items()])
+
+
+def _mean(values: list[float]) -> str:
+    return f"{geometric_mean(values):.2f} ({min(values):.2f})" if values else "n/a"
 
 
 def _lines(record: records.Record) -> list[list[str]]:

@@ -120,8 +120,8 @@ void panel_body(int64_t begin, int64_t end, void* context) {
   free(scratch);
 }
 
-// Filling one element of a panel costs about as much as this many multiply-adds with it: a guess,
-// copying rows costs less, gathering the pixels of a padded or strided convolution more.
+// Filling one element of a panel costs about as much as this many multiply-adds with it. That is a
+// guess: copying rows costs less, gathering the pixels of a padded or strided convolution more.
 constexpr int64_t kFill = 16;
 
 // Each range of blocks fills its own panels, so there are no more ranges than it takes to give all
