@@ -61,6 +61,8 @@ def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:
 
 def is_autocast(input: Tensor) -> bool:
     """Whether torch's autocast is on for the device of `input`; meta tensors know none."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = input.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 

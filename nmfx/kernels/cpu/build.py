@@ -26,7 +26,11 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 # Fused multiply-adds wherever there are any. GCC 12 takes the undefined operand in its own
 # AVX-512 header for a mistake, and warns that vectors have no fixed ABI: no vector leaves a file.
-KERNELS = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
+# Without the alignment, the inner loop of wide panels lost 5 % by where other changes moved it.
+KERNELS = [
+    *("-ffp-contract=fast", "-falign-loops=32"),
+    *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
 FLAGS: dict[str, list[str]] = {

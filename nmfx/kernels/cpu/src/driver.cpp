@@ -1,9 +1,7 @@
 // Cuts a call into pieces and runs them on torch's threads. An output element is computed by one
 // thread, in an order that depends on the call alone, so results do not depend on the threads.
-#include <cstdlib>
-#include <cstring>
-
 #include "kernel.h"
+#include "scratch.h"
 
 namespace nmfx {
 namespace {
@@ -20,6 +18,9 @@ struct Job {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// One is enough: a body that uses it never runs inside of another.
+thread_local Scratch scratch;
 
 // --- few rows ------------------------------------------------------------------------------------
 
@@ -54,13 +55,13 @@ bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
   job.isa = &isa;
   job.ldx = c.weight.columns + 64;
   job.positions_per_tile = 64;
-  job.x = malloc(size_t(c.input.positions * job.ldx) * sizeof(float));
+  job.x = scratch.floats(c.input.positions * job.ldx);
   if (!job.x) return false;
   int64_t work = c.weight.slots * kBlock * c.input.positions;  // of one block, in multiply-adds
   parallel_for(0, c.input.positions, 16, few_input_body, &job);
   int64_t items = ceil_div(c.input.positions, job.positions_per_tile) * c.weight.blocks;
   parallel_for(0, items, ceil_div(32768, work + 1), few_body, &job);
-  free(job.x);
+  scratch.done();
   return true;
 }
 
@@ -100,12 +101,11 @@ void panel_body(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
   const Call& c = *job.call;
   int64_t floats = job.isa->panel_scratch(c, job.tile, job.blocks_per_range);
-  void* scratch = nullptr;
-  if (posix_memalign(&scratch, 64, size_t(floats) * sizeof(float))) {
+  float* memory = scratch.floats(floats);
+  if (!memory) {
     job.failed = true;
     return;
   }
-  memset(scratch, 0, size_t(floats) * sizeof(float));
   for (int64_t i = begin; i < end; i++) {
     // Neighbouring items share their weights: item = (group, range of blocks, tile).
     int64_t tile = i % job.tiles, range = i / job.tiles % job.ranges;
@@ -115,9 +115,9 @@ void panel_body(int64_t begin, int64_t end, void* context) {
     int64_t b1 = at_most(c.weight.blocks, b0 + job.blocks_per_range);
     Tile cut = job.tile;  // the last tile may be narrower
     cut.vectors = vectors_for(count, *job.isa, cut.vectors);
-    job.isa->panel(c, cut, group, p0, count, b0, b1, static_cast<float*>(scratch));
+    job.isa->panel(c, cut, group, p0, count, b0, b1, memory);
   }
-  free(scratch);
+  scratch.done();
 }
 
 // Filling one element of a panel costs about as much as this many multiply-adds with it. That is a

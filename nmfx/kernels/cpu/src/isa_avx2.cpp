@@ -53,16 +53,14 @@ struct V {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(field, 28)));
   }
 
-  // out[lane] = start + ((index[lane] >> shift) & mask) * step
-  static void offsets(const uint32_t* index, int shift, uint32_t mask, int32_t step, int32_t start,
-                      int32_t* out) {
-    for (int lane = 0; lane < kBlock; lane += kLanes) {
-      Ints field = _mm256_srl_epi32(load_index(index + lane), _mm_cvtsi32_si128(shift));
-      field = _mm256_and_si256(field, _mm256_set1_epi32(int(mask)));
-      Ints offset = _mm256_mullo_epi32(field, _mm256_set1_epi32(step));
-      offset = _mm256_add_epi32(offset, _mm256_set1_epi32(start));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + lane), offset);
-    }
+  // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
+  template <int BITS, int STEP>
+  static void offsets(const uint32_t* index, int shift, int32_t start, int32_t* out) {
+    Ints field = _mm256_and_si256(_mm256_srli_epi32(load_index(index), shift),
+                                  _mm256_set1_epi32((1 << BITS) - 1));
+    Ints offset = _mm256_mullo_epi32(field, _mm256_set1_epi32(STEP));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_add_epi32(offset, _mm256_set1_epi32(start)));
   }
 
   static void transpose_rows(const void* const* rows, DType dtype, int64_t count, int64_t c0,
@@ -82,11 +80,11 @@ struct V {
 
 namespace nmfx {
 
-// Where the kernels cross: AMD EPYC (Zen 3), 2048 x 2048 from memory, one thread, least of 7
-// alternating runs on a machine that was busy with tests:
-// few / panel in ms at 16 rows 2:4 1.70 / 2.68, at 64 rows 6.6 / 5.5; 2:8 at 8 rows 0.97 / 1.48, at
-// 16 rows 2.05 / 1.64; 1:16 at 4 rows 0.22 / 0.29, at 8 rows 0.40 / 0.29.
-const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, false, {{32, 13, 6}, {32, 11, 5}},
+// Where the kernels cross, for fp32: AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread, least of
+// 6, two processes each, few / panel in ms: 2:4 at 20 rows 8.1 / 9.0, at 24 rows 9.8 / 9.0, at 28
+// rows 11.0 / 11.0; 2:8 at 10 rows 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78, at 4
+// rows 0.73 / 0.75 (3072 x 768: 0.15 / 0.12). For bf16 from an earlier form of the kernels.
+const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, false, {{24, 12, 4}, {32, 11, 5}},
                       has_few, few,       few_input, panel,    panel_scratch};
 
 }  // namespace nmfx

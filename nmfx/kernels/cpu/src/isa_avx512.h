@@ -53,14 +53,14 @@ struct V {
     return _mm512_permutexvar_ps(field, w.part);
   }
 
-  // out[lane] = start + ((index[lane] >> shift) & mask) * step
-  static void offsets(const uint32_t* index, int shift, uint32_t mask, int32_t step, int32_t start,
-                      int32_t* out) {
-    Ints field = _mm512_srl_epi32(load_index(index), _mm_cvtsi32_si128(shift));
-    field = _mm512_and_si512(field, _mm512_set1_epi32(int(mask)));
-    Ints offset = _mm512_mullo_epi32(field, _mm512_set1_epi32(step));
-    offset = _mm512_add_epi32(offset, _mm512_set1_epi32(start));
-    _mm512_storeu_si512(static_cast<void*>(out), offset);
+  // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
+  template <int BITS, int STEP>
+  static void offsets(const uint32_t* index, int shift, int32_t start, int32_t* out) {
+    Ints field = _mm512_and_si512(_mm512_srli_epi32(load_index(index), unsigned(shift)),
+                                  _mm512_set1_epi32((1 << BITS) - 1));
+    Ints offset = _mm512_mullo_epi32(field, _mm512_set1_epi32(STEP));
+    _mm512_storeu_si512(static_cast<void*>(out),
+                        _mm512_add_epi32(offset, _mm512_set1_epi32(start)));
   }
 
   static void transpose_rows(const void* const* rows, DType dtype, int64_t count, int64_t c0,

@@ -16,11 +16,12 @@ struct V {
   static F broadcast(const float* p) { return F{} + *p; }
   static F fma(F a, F b, F c) { return a * b + c; }
 
-  // out[lane] = start + ((index[lane] >> shift) & mask) * step
-  static void offsets(const uint32_t* index, int shift, uint32_t mask, int32_t step, int32_t start,
+  // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
+  template <int BITS, int STEP>
+  static void offsets(const uint32_t* __restrict index, int shift, int32_t start,
                       int32_t* __restrict out) {
-    for (int lane = 0; lane < kBlock; lane++)
-      out[lane] = start + int32_t((index[lane] >> shift) & mask) * step;
+    for (int lane = 0; lane < kLanes; lane++)
+      out[lane] = start + int32_t((index[lane] >> shift) & ((1 << BITS) - 1)) * STEP;
   }
 
   static inline void transpose_rows(const void* const* rows, DType dtype, int64_t count,

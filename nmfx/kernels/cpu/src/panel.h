@@ -127,35 +127,70 @@ inline void fill_conv(const Input& in, int64_t group, int64_t k0, int64_t k1, in
 
 // --- the rows of a panel that a block reads --------------------------------------------------
 
-// Slots [s0, s1) of a block: offsets in floats into the panel, [slot][16], and values as floats.
-template <class T>
-const float* find_rows(const Weight& w, int64_t block, int64_t s0, int64_t s1, int64_t ld,
-                       int32_t* offsets, float* floats) {
-  const int bits = field_bits(w.m), fields = 32 / bits;
-  const uint32_t mask = (1u << bits) - 1;
-  const uint32_t* index = w.index + (block * w.words + s0 / fields) * kBlock;
-  int64_t in_group = s0 % w.n;  // the panel starts with the group of slot s0
+// Slots [s0, s1) of a block: where their rows start in a panel with rows of LD floats, [slot][16].
+// s0 is the first field of a word, and its group is the first of the panel.
+template <int BITS, int LD>
+void find_rows(const Weight& w, int64_t block, int64_t s0, int64_t s1, int32_t* offsets) {
+  constexpr int kFields = 32 / BITS;
+  const uint32_t* word = w.index + (block * w.words + s0 / kFields) * kBlock;
+  int64_t in_group = s0 % w.n;
   int32_t start = 0;
-  for (int64_t s = s0; s < s1; index += kBlock)
-    for (int field = 0; field < fields && s < s1; field++, s++, offsets += kBlock) {
-      V::offsets(index, field_shift(field, bits), mask, int32_t(ld), start, offsets);
-      if (++in_group == w.n) in_group = 0, start += int32_t(w.m * ld);
+  for (int64_t s = s0; s < s1; s += kFields, word += kBlock)
+    NMFX_UNROLL for (int field = 0; field < kFields; field++, offsets += kBlock) {
+      if (s + field == s1) return;
+      NMFX_UNROLL for (int lane = 0; lane < kBlock; lane += V::kLanes)
+        V::template offsets<BITS, LD>(word + lane, field_shift(field, BITS), start, offsets + lane);
+      if (++in_group == w.n) in_group = 0, start += w.m * LD;
     }
-  const T* values = static_cast<const T*>(w.values) + (block * w.slots + s0) * kBlock;
-  if constexpr (sizeof(T) == 4) return values;
-  to_floats(values, 0, (s1 - s0) * kBlock, w.dtype, floats);
+}
+
+template <int LD>
+void find_rows(const Weight& w, int64_t block, int64_t s0, int64_t s1, int32_t* offsets) {
+  switch (field_bits(w.m)) {
+    case 2: return find_rows<2, LD>(w, block, s0, s1, offsets);
+    case 4: return find_rows<4, LD>(w, block, s0, s1, offsets);
+    case 8: return find_rows<8, LD>(w, block, s0, s1, offsets);
+  }
+}
+
+// The values of these slots, [slot][16], widened into `floats` if need be.
+inline const float* find_values(const Weight& w, int64_t block, int64_t s0, int64_t s1,
+                                float* floats) {
+  const int64_t first = (block * w.slots + s0) * kBlock;
+  if (w.dtype == DType::f32) return static_cast<const float*>(w.values) + first;
+  to_floats(w.values, first, (s1 - s0) * kBlock, w.dtype, floats);
   return floats;
 }
 
+// Which slots to ask of memory while a block is at work: those of the second block from here, where
+// the last blocks of a chunk are followed by the first ones with the next chunk. They lie far apart.
+struct Ahead {
+  const char* values;
+  const char* index;
+
+  Ahead(const Weight& w, int64_t block, int64_t blocks_left, int64_t blocks, int64_t s0, int64_t s1) {
+    constexpr int64_t kBlocks = 2;
+    int64_t next = block + kBlocks, slot = s0;
+    if (kBlocks >= blocks_left) next -= blocks, slot = s1;
+    const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2;
+    values = static_cast<const char*>(w.values) + (next * w.slots + slot) * kBlock * itemsize;
+    index = reinterpret_cast<const char*>(
+        w.index + (next * w.words + slot / fields_per_word(w.m)) * kBlock);
+  }
+};
+
 // sums[lane][p] += sum over slots of values[slot][lane] * panel[offsets[slot][lane] + p]
 // for LANES lanes at once, so that short tiles have enough independent chains of additions.
+// Meanwhile asks for memory from `ahead` on, `ahead_step` bytes per slot.
 template <int R, int LANES>
 inline void add_lanes(const int32_t* offsets, const float* values, int64_t slots,
-                      const float* panel, float* sums, bool first) {
+                      const float* panel, float* sums, bool first, const char* ahead,
+                      int64_t ahead_step) {
   typename V::F acc[LANES][R];
   NMFX_UNROLL for (int l = 0; l < LANES; l++) NMFX_UNROLL for (int r = 0; r < R; r++)
     acc[l][r] = first ? V::zero() : V::load(sums + (l * R + r) * V::kLanes);
-  for (int64_t s = 0; s < slots; s++, offsets += kBlock, values += kBlock) {
+  for (int64_t s = 0; s < slots; s++, offsets += kBlock, values += kBlock, ahead += ahead_step) {
+    if (LANES > 1) __builtin_prefetch(ahead);
     NMFX_UNROLL for (int l = 0; l < LANES; l++) {
       const float* row = panel + offsets[l];
       typename V::F value = V::broadcast(values + l);
@@ -232,9 +267,7 @@ void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int6
   float* sums = panel + panel_floats(w, tile);
   int32_t* offsets = reinterpret_cast<int32_t*>(sums + (b1 - b0) * kBlock * ld);
   float* floats = reinterpret_cast<float*>(offsets) + tile.chunk_slots * kBlock;
-  const int64_t fields = fields_per_word(w.m);
   const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2;
-  auto find = w.dtype == DType::f32 ? find_rows<float> : find_rows<uint16_t>;
   if (w.slots == 0) memset(sums, 0, size_t((b1 - b0) * kBlock * ld) * 4);
   for (int64_t s0 = 0; s0 < w.slots; s0 += tile.chunk_slots) {
     const int64_t s1 = s0 + tile.chunk_slots < w.slots ? s0 + tile.chunk_slots : w.slots;
@@ -246,19 +279,16 @@ void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int6
     clear_positions(panel, k1 - k0, count, ld);
     for (int64_t b = b0; b < b1; b++) {
       const int64_t block = group * w.blocks + b;
-      // The next block's slots are far away in memory: ask for them a block ahead.
-      const char* next = static_cast<const char*>(w.values) +
-                         ((block + 1) * w.slots + s0) * kBlock * itemsize;
-      if (b + 1 < b1)
-        prefetch(next, (s1 - s0) * kBlock * itemsize),
-            prefetch(reinterpret_cast<const char*>(
-                         w.index + ((block + 1) * w.words + s0 / fields) * kBlock),
-                     (s1 - s0 + fields - 1) / fields * kBlock * 4);
-      const float* values = find(w, block, s0, s1, ld, offsets, floats);
+      const Ahead ahead(w, block, b1 - b, b1 - b0, s0, s1);
+      prefetch(ahead.index, (s1 - s0 + fields_per_word(w.m) - 1) / fields_per_word(w.m) * kBlock * 4);
+      // Where a block takes long enough: all its values at once, and not with every weight.
+      if (LANES == 1) prefetch(ahead.values, (s1 - s0) * kBlock * itemsize);
+      find_rows<ld>(w, block, s0, s1, offsets);
+      const float* values = find_values(w, block, s0, s1, floats);
       float* sum = sums + (b - b0) * kBlock * ld;
       for (int lane = 0; lane < kBlock; lane += LANES)
         add_lanes<R, LANES>(offsets + lane, values + lane, s1 - s0, panel, sum + lane * ld,
-                            s0 == 0);
+                            s0 == 0, ahead.values + lane * (s1 - s0) * itemsize, LANES * itemsize);
     }
   }
   for (int64_t b = b0; b < b1; b++)
