@@ -162,16 +162,17 @@ inline const float* find_values(const Weight& w, int64_t block, int64_t s0, int6
   return floats;
 }
 
-// Which slots to ask of memory while a block is at work: those of the second block from here, where
-// the last blocks of a chunk are followed by the first ones with the next chunk. They lie far apart.
+// Which slots to ask of memory while a block is at work on [s0, s1): those of the second block from
+// here, where the last of `blocks` is followed by the first with the next slots. They lie far apart,
+// so the hardware does not ask for them by itself. Past the end of the weight they are not touched.
 struct Ahead {
   const char* values;
   const char* index;
 
-  Ahead(const Weight& w, int64_t block, int64_t blocks_left, int64_t blocks, int64_t s0, int64_t s1) {
+  Ahead(const Weight& w, int64_t block, int64_t left, int64_t blocks, int64_t s0, int64_t s1) {
     constexpr int64_t kBlocks = 2;
     int64_t next = block + kBlocks, slot = s0;
-    if (kBlocks >= blocks_left) next -= blocks, slot = s1;
+    for (left -= kBlocks; left <= 0; left += blocks) next -= blocks, slot += s1 - s0;
     const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2;
     values = static_cast<const char*>(w.values) + (next * w.slots + slot) * kBlock * itemsize;
     index = reinterpret_cast<const char*>(
@@ -267,7 +268,7 @@ void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int6
   float* sums = panel + panel_floats(w, tile);
   int32_t* offsets = reinterpret_cast<int32_t*>(sums + (b1 - b0) * kBlock * ld);
   float* floats = reinterpret_cast<float*>(offsets) + tile.chunk_slots * kBlock;
-  const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2;
+  const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2, fields = fields_per_word(w.m);
   if (w.slots == 0) memset(sums, 0, size_t((b1 - b0) * kBlock * ld) * 4);
   for (int64_t s0 = 0; s0 < w.slots; s0 += tile.chunk_slots) {
     const int64_t s1 = s0 + tile.chunk_slots < w.slots ? s0 + tile.chunk_slots : w.slots;
@@ -280,7 +281,7 @@ void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int6
     for (int64_t b = b0; b < b1; b++) {
       const int64_t block = group * w.blocks + b;
       const Ahead ahead(w, block, b1 - b, b1 - b0, s0, s1);
-      prefetch(ahead.index, (s1 - s0 + fields_per_word(w.m) - 1) / fields_per_word(w.m) * kBlock * 4);
+      prefetch(ahead.index, (s1 - s0 + fields - 1) / fields * kBlock * 4);
       // Where a block takes long enough: all its values at once, and not with every weight.
       if (LANES == 1) prefetch(ahead.values, (s1 - s0) * kBlock * itemsize);
       find_rows<ld>(w, block, s0, s1, offsets);
