@@ -4,16 +4,18 @@
     python benchmarks/bench_cpu_linear.py --from-jsonl fp32_1.jsonl --chart speedup.png
 
 Each candidate is a list of copies of one layer with different weights; one call is one pass over
-all of them, and the times are per layer. A dense candidate has as many copies as fill 160 MB (or
-four last-level caches), a packed one at least as many, and more until they fill 100 MB (or three
-caches): so no weight is in a cache when its turn comes. All patterns and peers of a cell are
-interleaved. Weights are masked by magnitude; the peers that cannot see zeros are timed once, with
-the mask of the first pattern, DeepSparse once per pattern.
+all of them, and the times are per layer. Each candidate, dense or packed, has as many copies as
+fill 160 MB, or four last-level caches if `--cold-mb` allows that: so no weight is in a cache when
+its turn comes. Where the system reports a cache larger than that (its share of a large machine is
+not known), the list at the end says how fast so many bytes are read, and ten times as many. All
+patterns and peers of a cell are interleaved. Weights are masked by magnitude; the peers that cannot
+see zeros are timed once, with the mask of the first pattern, DeepSparse once per pattern.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import warnings
@@ -47,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--cold-mb", type=int, default=160, help="most MB that a candidate cycles")
     parser.add_argument("--chart", type=Path, help="write the speed-ups as a figure")
     records.add_options(parser)
     args = parser.parse_args()
@@ -82,9 +85,10 @@ def measure_cell(cell: records.Record, args: argparse.Namespace) -> records.Reco
     x = torch.randn(cell["rows"], columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights = {p: masked(weight, p).to(dtype) for p in args.patterns}
     bias = torch.linspace(-1, 1, out).to(dtype)
-    copies = dense_copies(weight.numel() * dtype.itemsize, args.quick)
+    cold = min(max(160, 4 * last_level_cache() / MB), args.cold_mb) * MB
+    copies = 2 if args.quick else math.ceil(cold / (weight.numel() * dtype.itemsize))
     calls: dict[str, Call] = {}
-    counts, na, notes = {}, {}, {}
+    counts, na, notes = {}, {}, {} if args.quick else dict(cold_reads(cold, threads))
 
     def add(name: str, count: int, make: Callable[[int], tuple[Call, str]], at: Tensor) -> None:
         try:
@@ -109,7 +113,7 @@ def measure_cell(cell: records.Record, args: argparse.Namespace) -> records.Reco
                 weights[pattern])  # fmt: skip
     for pattern in args.patterns:
         size = packed_bytes(out, columns, nmfx.Pattern.parse(pattern), dtype.itemsize)
-        count = max(copies, packed_copies(size, args.quick))
+        count = 3 if args.quick else math.ceil(cold / size)
         at, scales = weights[pattern], [scale(number) for number in range(count)]
         try:
             layers = packed_linear(at, bias, pattern, scales)
@@ -141,12 +145,19 @@ def scale(number: int) -> float:
     return 1 + number / 64
 
 
-def dense_copies(size: int, quick: bool) -> int:
-    return 2 if quick else math.ceil(max(160 * MB, 4 * last_level_cache()) / size)
+@functools.cache
+def cold_reads(size: float, threads: int) -> dict[str, str]:
+    """A note on whether `size` bytes are read as slowly as ten times as many; once per process."""
+    if size >= 4 * last_level_cache():
+        return {}
 
+    def speed(count: float) -> float:
+        data = torch.ones(int(count) // 4)
+        return count / 1e6 / interleave({"": data.sum}, 5, 0.1)[""].min
 
-def packed_copies(size: int, quick: bool) -> int:
-    return 3 if quick else math.ceil(max(100 * MB, 3 * last_level_cache()) / size)
+    text = f"{speed(size):.0f} GB/s, {10 * size / MB:.0f} MB: {speed(10 * size):.0f} GB/s"
+    name = f"reading {size / MB:.0f} MB with {threads} threads"
+    return {name: f"{text}; cache reported: {last_level_cache() / MB:.0f} MB"}
 
 
 def one_pass(calls: list[Call]) -> Callable[[], Any]:

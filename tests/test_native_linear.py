@@ -178,6 +178,20 @@ def test_every_pattern_with_few_and_with_many_rows(isa: str, pattern: str) -> No
 
 
 @needs_library
+@pytest.mark.parametrize("pattern", SPECIALISED)
+@each_isa
+def test_edges_of_tiles_and_chunks(isa: str, pattern: str) -> None:
+    """Rows in ones and pairs of 16, blocks in ones, twos and fours, columns in 32 and 512."""
+    parsed = Pattern.parse(pattern)
+    for rows in (2, 4, 16, 17, 32, 33, 49, 64, 130):
+        for out, cols in ((16, 32), (112, 512), (81, 528), (33, 1072)):
+            call = Call(parsed, out, cols // parsed.m, rows, "contiguous", True, "relu", rows)
+            check_call(isa, torch.bfloat16, call)
+    call = Call(parsed, 40, 1040 // parsed.m, 520, "row stride", False, "gelu", 0)
+    check_call(isa, torch.bfloat16, call)
+
+
+@needs_library
 @pytest.mark.parametrize("size", [1, 15, 17, 127, 129, 1000])
 @each_isa
 def test_one_row_of_odd_sizes(isa: str, size: int) -> None:
@@ -378,5 +392,5 @@ def test_the_variable_none_leaves_the_reference_kernel(reports: dict[str, str]) 
 
 
 def test_the_variable_refuses_an_unknown_name(reports: dict[str, str]) -> None:
-    takes = "it takes one of portable, avx2, avx512, avx512_bf16, or none"
+    takes = "it takes one of portable, avx2, avx512, avx512_bf16, amx_bf16, or none"
     assert reports["avx9"] == f"NMError|NMFX_CPU_ISA=avx9: {takes}"

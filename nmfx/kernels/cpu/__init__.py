@@ -20,7 +20,7 @@ import torch
 from ...errors import NMError
 
 LIBRARY = Path(__file__).parent / "_native.so"
-NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
+NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 VARIABLE = "NMFX_CPU_ISA"
 
 _library: ctypes.CDLL | None = None

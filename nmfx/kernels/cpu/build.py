@@ -38,11 +38,12 @@ FLAGS: dict[str, list[str]] = {
     "isa_avx2": [*KERNELS, *AVX2],
     "isa_avx512": [*KERNELS, *AVX512],
     "isa_avx512_bf16": [*KERNELS, *AVX512, "-mavx512bf16"],
+    "isa_amx_bf16": [*KERNELS, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "plain_f64": [],
     "driver": [],
     "dispatch": [],
 }
-X86_ONLY = ("isa_avx2", "isa_avx512", "isa_avx512_bf16")
+X86_ONLY = ("isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_amx_bf16")
 
 
 def torch_folder() -> Path:

@@ -1,11 +1,27 @@
 // Which instruction set this machine runs, decided once.
 #include <cstdlib>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernel.h"
 
 namespace nmfx {
 namespace {
+
+#if defined(__x86_64__)
+// Linux gives a process the state of the tile registers only when asked.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool has(const char* name) {
   if (!strcmp(name, "portable")) return true;
@@ -17,14 +33,18 @@ bool has(const char* name) {
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!strcmp(name, "avx2")) return avx2;
   if (!strcmp(name, "avx512")) return avx512;
-  if (!strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512_bf16")) return bf16;
+  if (!strcmp(name, "amx_bf16"))
+    return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           may_use_tiles();
 #endif
   return false;
 }
 
 const Isa* const kBestFirst[] = {
 #if defined(__x86_64__)
-    &isa_avx512_bf16, &isa_avx512, &isa_avx2,
+    &isa_amx_bf16, &isa_avx512_bf16, &isa_avx512, &isa_avx2,
 #endif
     &isa_portable,
 };

@@ -49,12 +49,17 @@ void few_input_body(int64_t begin, int64_t end, void* context) {
   job.isa->few_input(*job.call, job.x, job.ldx, begin, end);
 }
 
+// Activations that pass over a block stay in a second-level cache of 2 MB; there are that many
+// where Isa::few_tile is more than 64.
+constexpr int64_t kFewInput = 1 << 20;
+
 bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
   Job job = {};
   job.call = &c;
   job.isa = &isa;
   job.ldx = c.weight.columns + 64;
-  job.positions_per_tile = 64;
+  const int64_t fit = kFewInput / (c.weight.columns * 2) / 32 * 32;
+  job.positions_per_tile = at_most(isa.few_tile, fit < 64 ? 64 : fit);
   job.x = scratch.floats(c.input.positions * job.ldx);
   if (!job.x) return false;
   int64_t work = c.weight.slots * kBlock * c.input.positions;  // of one block, in multiply-adds
@@ -126,8 +131,8 @@ constexpr int64_t kFill = 16;
 
 // Each range of blocks fills its own panels, so there are no more ranges than it takes to give all
 // threads the same number of items, or about that: torch hands out items beforehand. Four ranges a
-// thread had cost 512->512 3x3 on 7x7 pixels, two threads, AMD EPYC (Zen 3): 2.09 ms at 2:4 and 0.97
-// at 1:16, against 1.47 and 0.42 with one.
+// thread had cost 512->512 3x3 on 7x7 pixels, two threads, AMD EPYC (Zen 3): 2.09 ms at 2:4 and
+// 0.97 at 1:16, against 1.47 and 0.42 with one.
 int64_t blocks_per_range(const Call& c, const Job& job, int threads) {
   const Weight& w = c.weight;
   const int64_t most = at_most(kSumBytes / (job.positions_per_tile * kBlock * 4), w.blocks);

@@ -134,15 +134,13 @@ inline void few_rows(const Stream<T>& blocks, int64_t w0, int64_t w1, int64_t sl
 
 inline void few_store(const Call& c, float* sums, int64_t p0, int64_t rows, int64_t block) {
   const Weight& w = c.weight;
-  int64_t o = block * kBlock;
-  int64_t lanes = w.out - o < kBlock ? w.out - o : kBlock;
+  const int64_t o = block * kBlock, lanes = w.out - o < kBlock ? w.out - o : kBlock;
+  float bias[kBlock] = {};
+  if (w.bias) to_floats(w.bias, o, lanes, w.dtype, bias);
   for (int64_t r = 0; r < rows; r++) {
     float* sum = sums + r * kBlock;
-    if (w.bias) {
-      float bias[kBlock];
-      to_floats(w.bias, o, lanes, w.dtype, bias);
-      for (int64_t lane = 0; lane < lanes; lane++) sum[lane] += bias[lane];
-    }
+    if (w.bias)
+      for (int lane = 0; lane < kBlock; lane++) sum[lane] += bias[lane];
     activate(sum, kBlock, c.output.activation);
     from_floats(sum, lanes, w.dtype, c.output.data, (p0 + r) * c.output.step_position + o);
   }
@@ -185,10 +183,10 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
 }
 
 // Two blocks far apart are two streams of memory, which are read faster than one, and share the
-// windows of activations. Milliseconds, AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread, least
-// of 3, the machine busy with tests; one block at a time, prefetched 4 KB ahead where it was faster
-// so, against two: fp32 2:4 2.2 / 1.6 at 1 row, 2.6 / 1.7 at 4, no gain at 8; 2:8 2.1 / 1.3 at 4,
-// 3.4 / 2.8 at 8; bf16 2:4 1.0 / 0.8 at 1, 2.0 / 1.9 at 4.
+// windows of activations. Milliseconds, AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread,
+// least of 3, the machine busy with tests; one block at a time, prefetched 4 KB ahead where it was
+// faster so, against two: fp32 2:4 2.2 / 1.6 at 1 row, 2.6 / 1.7 at 4, no gain at 8; 2:8 2.1 / 1.3
+// at 4, 3.4 / 2.8 at 8; bf16 2:4 1.0 / 0.8 at 1, 2.0 / 1.9 at 4.
 template <int N, int M, class T>
 void few_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
                 int64_t b1) {

@@ -80,11 +80,11 @@ struct V {
 
 namespace nmfx {
 
-// Where the kernels cross, for fp32: AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread, least of
-// 6, two processes each, few / panel in ms: 2:4 at 20 rows 8.1 / 9.0, at 24 rows 9.8 / 9.0, at 28
-// rows 11.0 / 11.0; 2:8 at 10 rows 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78, at 4
-// rows 0.73 / 0.75 (3072 x 768: 0.15 / 0.12). For bf16 from an earlier form of the kernels.
-const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, false, {{24, 12, 4}, {32, 11, 5}},
+// Where the kernels cross, for fp32: AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread, least
+// of 6, two processes each, few / panel in ms: 2:4 at 20 rows 8.1 / 9.0, at 24 rows 9.8 / 9.0, at
+// 28 rows 11.0 / 11.0; 2:8 at 10 rows 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78,
+// at 4 rows 0.73 / 0.75 (3072 x 768: 0.15 / 0.12). For bf16 from an earlier form of the kernels.
+const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, kFewTile, false, {{24, 12, 4}, {32, 11, 5}},
                       has_few, few,       few_input, panel,    panel_scratch};
 
 }  // namespace nmfx

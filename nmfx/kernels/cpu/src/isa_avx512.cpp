@@ -5,7 +5,7 @@ namespace nmfx {
 
 // Crossings: a guess, as no CPU at hand has AVX-512; a permutation costs one instruction for every
 // M there, so few rows stay ahead longer than with AVX2.
-const Isa isa_avx512 = {"avx512", V::kLanes, 8,         V::kRows, false, {{17, 17, 17}, {17, 17, 17}},
+const Isa isa_avx512 = {"avx512", V::kLanes, 8,         V::kRows, kFewTile, false, {{17, 17, 17}, {17, 17, 17}},
                         has_few,  few,       few_input, panel,    panel_scratch};
 
 }  // namespace nmfx

@@ -173,12 +173,13 @@ void input_for_dot(const Call& c, void* x, int64_t ldx, int64_t p0, int64_t p1) 
 
 }  // namespace
 
-// Every number of rows has its dot kernel (untimed, see isa_avx512.cpp): a dot product does two multiply-adds where the panel
-// kernel does one.
+// Every number of rows has its dot kernel (untimed, see isa_avx512.cpp): a dot product does two
+// multiply-adds where the panel kernel does one.
 const Isa isa_avx512_bf16 = {"avx512_bf16",
                              V::kLanes,
                              8,
                              V::kRows,
+                             kFewTile,
                              true,
                              {{17, 17, 17}, {1 << 30, 1 << 30, 1 << 30}},
                              has_few,

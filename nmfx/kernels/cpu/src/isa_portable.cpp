@@ -45,7 +45,7 @@ void V::transpose_rows(const void* const* rows, DType dtype, int64_t count, int6
   transpose_rows_plain(rows, dtype, count, c0, c1, out, ld);
 }
 
-const Isa isa_portable = {"portable", V::kLanes, 8,       0,     false, {{1, 1, 1}, {1, 1, 1}},
+const Isa isa_portable = {"portable", V::kLanes, 8, 0, 0, false, {{1, 1, 1}, {1, 1, 1}},
                           nullptr,    nullptr,   nullptr, panel, panel_scratch};
 
 }  // namespace nmfx

@@ -73,6 +73,7 @@ struct Isa {
   int lanes;                // floats per vector
   int max_vectors;          // largest Tile::vectors
   int few_rows;             // positions the few-rows kernel takes at once, 0: there is none
+  int few_tile;             // most positions of a call of it
   bool bf16_dot;            // the few-rows kernel reads bf16 activations
   // Positions from which the panel kernel is faster, for groups of up to 4, 8 and 16.
   int panel_from[2][3];     // [f32, bf16]
@@ -96,6 +97,7 @@ extern const Isa isa_portable;
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
 extern const Isa isa_avx512_bf16;
+extern const Isa isa_amx_bf16;
 #endif
 
 // The instruction set in use: the best of this machine, or the one NMFX_CPU_ISA names.

@@ -163,8 +163,9 @@ inline const float* find_values(const Weight& w, int64_t block, int64_t s0, int6
 }
 
 // Which slots to ask of memory while a block is at work on [s0, s1): those of the second block from
-// here, where the last of `blocks` is followed by the first with the next slots. They lie far apart,
-// so the hardware does not ask for them by itself. Past the end of the weight they are not touched.
+// here, where the last of `blocks` is followed by the first with the next slots. They lie far
+// apart, so the hardware does not ask for them by itself. Past the end of the weight they are not
+// touched.
 struct Ahead {
   const char* values;
   const char* index;
