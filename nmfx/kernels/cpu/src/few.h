@@ -37,12 +37,28 @@ struct Stream {
   int64_t values_step, index_step;
 };
 
+// What a pass over a run of weights asks of memory. The only pass: what comes a fixed distance
+// later. The first of several finds its run asked for already, by the passes over the run before
+// it, each of them a part: so memory is at work during all passes.
+struct Fetch {
+  int64_t values, index;  // bytes from what is read to what is asked for
+  int64_t step;           // bytes to ask for with each two slots
+
+  static Fetch near(bool two_streams, int64_t pair) {
+    return {two_streams ? 1024 : 4096, two_streams ? -1 : 1024, pair};
+  }
+  static Fetch part(int64_t pass, int64_t passes, int64_t values, int64_t index, int64_t pair) {
+    return {values + pass * values / passes, pass ? -1 : index, pair / passes};
+  }
+};
+
 // Adds words [w0, w1) of H vectors of lanes of STREAMS blocks to sums[STREAMS][ROWS][16]; `slots`
 // ends the last word. The pointers start at the first of the lanes.
 template <int N, int M, int ROWS, int H, int STREAMS, class T>
 inline __attribute__((always_inline)) void few_words(const Stream<T>& blocks, int64_t w0,
                                                      int64_t w1, int64_t slots, const float* x,
-                                                     int64_t ldx, float* sums, int64_t sums_step) {
+                                                     int64_t ldx, float* sums, int64_t sums_step,
+                                                     const Fetch& fetch) {
   using S = Steps<N, M>;
   // With few sums a single chain of additions for each would wait for itself. This must not depend
   // on STREAMS: which blocks are paired depends on the threads, and results do not.
@@ -56,13 +72,16 @@ inline __attribute__((always_inline)) void few_words(const Stream<T>& blocks, in
   const T* v = blocks.values + w0 * S::kFields * kBlock;
   const float* xs = x + w0 * (S::kFields / N) * M;
   const uint32_t* word = blocks.index + w0 * kBlock;
+  const char* ahead = reinterpret_cast<const char*>(v) + fetch.values;
   for (int64_t w = w0; w < w1; w++, word += kBlock) {
     typename V::Ints even[STREAMS][H], odd[STREAMS][H];
     NMFX_UNROLL for (int b = 0; b < STREAMS; b++) NMFX_UNROLL for (int h = 0; h < H; h++) {
       even[b][h] = V::load_index(word + b * blocks.index_step + h * V::kLanes);
       odd[b][h] = V::template shift<16>(even[b][h]);
     }
-    if (STREAMS == 1) __builtin_prefetch(word + 256);
+    if (fetch.index >= 0)
+      NMFX_UNROLL for (int b = 0; b < STREAMS; b++) __builtin_prefetch(
+          reinterpret_cast<const char*>(word + b * blocks.index_step) + fetch.index);
     int64_t left = (slots - w * S::kFields) / S::kSlots;
     int steps = left < S::kPerWord ? int(left) : S::kPerWord;
     for (int step = 0; step < steps; step++) {
@@ -70,9 +89,9 @@ inline __attribute__((always_inline)) void few_words(const Stream<T>& blocks, in
         const int g0 = 2 * pair / N, g1 = (2 * pair + 1) / N;
         NMFX_UNROLL for (int b = 0; b < STREAMS; b++) {
           const T* values = v + b * blocks.values_step;
-          const char* ahead = reinterpret_cast<const char*>(values) + (STREAMS == 1 ? 4096 : 1024);
-          __builtin_prefetch(ahead);
-          if (sizeof(T) == 4) __builtin_prefetch(ahead + 64);
+          const char* line = ahead + b * blocks.values_step * int64_t(sizeof(T));
+          __builtin_prefetch(line);
+          if (fetch.step > 64) __builtin_prefetch(line + 64);
           NMFX_UNROLL for (int h = 0; h < H; h++) {
             typename V::F v0 = V::load_values(values + h * V::kLanes);
             typename V::F v1 = V::load_values(values + kBlock + h * V::kLanes);
@@ -88,6 +107,7 @@ inline __attribute__((always_inline)) void few_words(const Stream<T>& blocks, in
           }
         }
         v += 2 * kBlock;
+        ahead += fetch.step;
       }
       xs += S::kGroups * M;
     }
@@ -118,17 +138,19 @@ inline void few_rest(const T* values, const uint32_t* index, int64_t slots, cons
 
 template <int N, int M, int ROWS, int STREAMS, class T>
 inline void few_rows(const Stream<T>& blocks, int64_t w0, int64_t w1, int64_t slots,
-                     const float* x, int64_t ldx, int64_t rows, float* sums, int64_t sums_step) {
+                     const float* x, int64_t ldx, int64_t rows, float* sums, int64_t sums_step,
+                     const Fetch& fetch) {
   if constexpr (ROWS > 1)
     if (rows < ROWS)
       return few_rows<N, M, ROWS - 1, STREAMS, T>(blocks, w0, w1, slots, x, ldx, rows, sums,
-                                                  sums_step);
+                                                  sums_step, fetch);
   // All sums of a pass stay in registers: with many rows, half a block at a time.
   constexpr int H = ROWS <= V::kWholeRows ? V::kHalves : 1;
   for (int lane = 0; lane < kBlock; lane += H * V::kLanes) {
     Stream<T> lanes = {blocks.values + lane, blocks.index + lane, blocks.values_step,
                        blocks.index_step};
-    few_words<N, M, ROWS, H, STREAMS, T>(lanes, w0, w1, slots, x, ldx, sums + lane, sums_step);
+    few_words<N, M, ROWS, H, STREAMS, T>(lanes, w0, w1, slots, x, ldx, sums + lane, sums_step,
+                                           fetch);
   }
 }
 
@@ -160,6 +182,7 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
   // About 8 KB of weights pass under all rows before the next 8 KB are read.
   constexpr int64_t word_bytes = (S::kFields * sizeof(T) + 4) * kBlock * STREAMS;
   const int64_t run = p1 - p0 <= V::kWholeRows ? w.words : (8192 + word_bytes - 1) / word_bytes;
+  constexpr int64_t pair = 2 * kBlock * sizeof(T);  // bytes of two slots
   constexpr int64_t sums_step = kFewTile * kBlock;
   float sums[STREAMS * sums_step];
   for (int64_t q0 = p0; q0 < p1; q0 += kFewTile) {
@@ -169,8 +192,11 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
     for (int64_t w0 = 0; w0 < w.words; w0 += run) {
       int64_t w1 = w0 + run < w.words ? w0 + run : w.words;
       for (int64_t q = q0; q < q1; q += R)
-        few_rows<N, M, R, STREAMS, T>(blocks, w0, w1, w.slots, x + q * ldx, ldx, q1 - q,
-                                      sums + (q - q0) * kBlock, sums_step);
+        few_rows<N, M, R, STREAMS, T>(
+            blocks, w0, w1, w.slots, x + q * ldx, ldx, q1 - q, sums + (q - q0) * kBlock, sums_step,
+            run == w.words ? Fetch::near(STREAMS == 2, pair)
+                           : Fetch::part((q - q0) / R, (q1 - q0 + R - 1) / R,
+                                         run * S::kFields * pair / 2, run * kBlock * 4, pair));
     }
     for (int i = 0; i < STREAMS; i++) {
       if (w.slots % S::kSlots)
@@ -195,7 +221,7 @@ void few_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64
   const int64_t half = (b1 - b0) / 2;
   constexpr int R = M == 4 ? V::kRows : V::kWholeRows;  // where permuting costs more than loading
   int64_t b = b0;
-  if (M > 4 || whole)
+  if (M > 4 || whole || V::kWholeRows == V::kRows)
     for (; b < b0 + half; b++)
       few_streams<N, M, V::kWholeRows, 2, T>(c, x, ldx, p0, p1, b, half);
   for (b += b - b0; b < b1; b++) few_streams<N, M, R, 1, T>(c, x, ldx, p0, p1, b, 0);

@@ -56,9 +56,18 @@ struct V {
   // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
   template <int BITS, int STEP>
   static void offsets(const uint32_t* index, int shift, int32_t start, int32_t* out) {
-    Ints field = _mm512_and_si512(_mm512_srli_epi32(load_index(index), unsigned(shift)),
-                                  _mm512_set1_epi32((1 << BITS) - 1));
-    Ints offset = _mm512_mullo_epi32(field, _mm512_set1_epi32(STEP));
+    Ints field = _mm512_srli_epi32(load_index(index), unsigned(shift)), offset;
+    if constexpr (BITS <= 4) {  // looked up: the permutation reads the lowest 4 bits
+      alignas(64) static constexpr int32_t kFirst[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                         8, 9, 10, 11, 12, 13, 14, 15};
+      const Ints keep = _mm512_set1_epi32((1 << BITS) - 1), lanes = _mm512_load_si512(kFirst);
+      const Ints table =
+          _mm512_mullo_epi32(_mm512_and_si512(lanes, keep), _mm512_set1_epi32(STEP));
+      offset = _mm512_permutexvar_epi32(field, table);
+    } else {
+      field = _mm512_and_si512(field, _mm512_set1_epi32((1 << BITS) - 1));
+      offset = _mm512_mullo_epi32(field, _mm512_set1_epi32(STEP));
+    }
     _mm512_storeu_si512(static_cast<void*>(out),
                         _mm512_add_epi32(offset, _mm512_set1_epi32(start)));
   }
