@@ -170,6 +170,11 @@ inline void few_store(const Call& c, float* sums, int64_t p0, int64_t rows, int6
 
 constexpr int kFewTile = 64;  // rows whose sums are kept beside a block
 
+// Whether many rows pass over two blocks at once. Not where that would cost more registers than
+// there are: a permutation within 4 columns is cheap, so that loads count.
+template <int M>
+constexpr bool kPairs = M > 4 || V::kWholeRows == V::kRows;
+
 // Blocks b and, with STREAMS == 2, b + gap, for rows [p0, p1) in passes of R.
 template <int N, int M, int R, int STREAMS, class T>
 void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b,
@@ -179,8 +184,9 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
   const int64_t values_step = w.slots * kBlock, index_step = w.words * kBlock;
   const Stream<T> blocks = {static_cast<const T*>(w.values) + b * values_step,
                             w.index + b * index_step, gap * values_step, gap * index_step};
-  // About 8 KB of weights pass under all rows before the next 8 KB are read.
-  constexpr int64_t word_bytes = (S::kFields * sizeof(T) + 4) * kBlock * STREAMS;
+  // About 8 KB of weights pass under all rows before the next 8 KB are read: of two blocks where
+  // there are pairs, and as much of a block that is left over, so that it sums in the same order.
+  constexpr int64_t word_bytes = (S::kFields * sizeof(T) + 4) * kBlock * (kPairs<M> ? 2 : 1);
   const int64_t run = p1 - p0 <= V::kWholeRows ? w.words : (8192 + word_bytes - 1) / word_bytes;
   constexpr int64_t pair = 2 * kBlock * sizeof(T);  // bytes of two slots
   constexpr int64_t sums_step = kFewTile * kBlock;
@@ -221,7 +227,7 @@ void few_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64
   const int64_t half = (b1 - b0) / 2;
   constexpr int R = M == 4 ? V::kRows : V::kWholeRows;  // where permuting costs more than loading
   int64_t b = b0;
-  if (M > 4 || whole || V::kWholeRows == V::kRows)
+  if (kPairs<M> || whole)
     for (; b < b0 + half; b++)
       few_streams<N, M, V::kWholeRows, 2, T>(c, x, ldx, p0, p1, b, half);
   for (b += b - b0; b < b1; b++) few_streams<N, M, R, 1, T>(c, x, ldx, p0, p1, b, 0);
