@@ -70,6 +70,27 @@ struct V {
   static void transpose_block(const float* sums, int64_t ld, float* out) {
     transpose_block_avx(sums, ld, out);
   }
+
+  // out[i] = in[i] for i in [0, count); writes whole vectors, reads no more than that.
+  static void copy(const float* in, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, load(in + i));
+    if (i < count) store(out + i, _mm256_maskload_ps(in + i, first_lanes(count - i)));
+  }
+  // The same with out[i] = in[2 i].
+  static void copy_every_second(const float* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t left = 2 * (count - i) - 1;
+      const F low = _mm256_maskload_ps(in + 2 * i, first_lanes(left));
+      const F high = _mm256_maskload_ps(in + 2 * i + kLanes, first_lanes(left - kLanes));
+      const __m256d halves = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+      store(out + i, _mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8)));
+    }
+  }
+  static Ints first_lanes(int64_t count) {
+    const int lanes = count > kLanes ? kLanes : int(count);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
 };
 
 }  // namespace

@@ -79,6 +79,27 @@ struct V {
   static void transpose_block(const float* sums, int64_t ld, float* out) {
     transpose_block_avx(sums, ld, out);
   }
+
+  // out[i] = in[i] for i in [0, count); writes whole vectors, reads no more than that.
+  static void copy(const float* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(out + i, _mm512_maskz_loadu_ps(first_lanes(count - i), in + i));
+  }
+  // The same with out[i] = in[2 i].
+  static void copy_every_second(const float* in, int64_t count, float* out) {
+    alignas(64) static constexpr int32_t kEven[16] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                                      16, 18, 20, 22, 24, 26, 28, 30};
+    const Ints even = _mm512_load_si512(kEven);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t left = 2 * (count - i) - 1;
+      const F low = _mm512_maskz_loadu_ps(first_lanes(left), in + 2 * i);
+      const F high = _mm512_maskz_loadu_ps(first_lanes(left - kLanes), in + 2 * i + kLanes);
+      store(out + i, _mm512_permutex2var_ps(low, even, high));
+    }
+  }
+  static __mmask16 first_lanes(int64_t count) {
+    return __mmask16(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+  }
 };
 
 }  // namespace

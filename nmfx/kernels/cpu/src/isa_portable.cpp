@@ -26,6 +26,12 @@ struct V {
 
   static inline void transpose_rows(const void* const* rows, DType dtype, int64_t count,
                                     int64_t c0, int64_t c1, float* out, int64_t ld);
+  static void copy(const float* in, int64_t count, float* out) {
+    memcpy(out, in, size_t(count) * 4);
+  }
+  static void copy_every_second(const float* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = in[2 * i];
+  }
   static void transpose_block(const float* sums, int64_t ld, float* out) {
     for (int64_t t = 0; t < ld; t++)
       for (int lane = 0; lane < kBlock; lane++) out[t * kBlock + lane] = sums[lane * ld + t];

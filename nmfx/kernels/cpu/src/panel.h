@@ -44,83 +44,132 @@ inline void fill_linear(const Input& in, int64_t k0, int64_t k1, int64_t p0, int
   V::transpose_rows(rows, in.dtype, count, k0, k1, panel, ld);
 }
 
-struct Pixel {  // of the output: the first input element of its window, before padding
+// The input elements at the first kernel position of output pixels: which may be padding.
+struct Pixel {
   int64_t image_offset, y, x;
 };
 
-inline bool source_of(const Input& in, const Pixel& p, int64_t ky, int64_t kx, int64_t* offset) {
-  int64_t y = p.y + ky * in.dilation_y, x = p.x + kx * in.dilation_x;
-  if (y < 0 || y >= in.height || x < 0 || x >= in.width) return false;
-  *offset = p.image_offset + y * in.step_y + x * in.step_x;
-  return true;
-}
+// Output pixels of a tile: each, and in runs along a row of an image. Found once for all columns.
+struct Pixels {
+  struct Run {
+    int64_t start, length;
+    Pixel first;
+  };
+  Pixel all[kMaxTile];
+  Run runs[kMaxTile];
+  int64_t count, number;  // of `all`, of `runs`
+
+  void find(const Input& in, int64_t group, int64_t p0, int64_t positions) {
+    const int64_t size = in.out_height * in.out_width, image = p0 / size;
+    int64_t y = p0 % size / in.out_width, x = p0 % in.out_width;
+    Pixel pixel = {image * in.step_image + group * in.channels * in.step_channel,
+                   y * in.stride_y - in.pad_y, x * in.stride_x - in.pad_x};
+    count = positions, number = 0;
+    for (int64_t t = 0; t < count;) {
+      const int64_t length = in.out_width - x < count - t ? in.out_width - x : count - t;
+      runs[number++] = {t, length, pixel};
+      for (int64_t end = t + length; t < end; t++) {
+        all[t] = pixel;
+        pixel.x += in.stride_x;
+      }
+      x = 0, y++;
+      pixel.x = -in.pad_x, pixel.y += in.stride_y;
+      if (y == in.out_height) y = 0, pixel.y = -in.pad_y, pixel.image_offset += in.step_image;
+    }
+  }
+};
 
 // Channels [c0, c1) at one kernel position for channels-last input: rows again.
-inline void fill_channels_last(const Input& in, const Pixel* pixels, int64_t ky, int64_t kx,
-                               int64_t c0, int64_t c1, int64_t count, float* panel, int64_t ld) {
+inline void fill_channels_last(const Input& in, const Pixels& pixels, int64_t ky, int64_t kx,
+                               int64_t c0, int64_t c1, float* panel, int64_t ld) {
   const void* rows[kMaxTile];
-  for (int64_t t = 0; t < count; t++) {
-    int64_t offset;
-    rows[t] = source_of(in, pixels[t], ky, kx, &offset) ? element(in, offset) : nullptr;
+  for (int64_t t = 0; t < pixels.count; t++) {
+    const Pixel& p = pixels.all[t];
+    const int64_t y = p.y + ky * in.dilation_y, x = p.x + kx * in.dilation_x;
+    const bool inside = y >= 0 && y < in.height && x >= 0 && x < in.width;
+    rows[t] = inside ? element(in, p.image_offset + y * in.step_y + x * in.step_x) : nullptr;
   }
-  V::transpose_rows(rows, in.dtype, count, c0, c1, panel, ld);
+  V::transpose_rows(rows, in.dtype, pixels.count, c0, c1, panel, ld);
 }
 
-// The same for any other layout: runs of neighbouring pixels are copied.
-inline void fill_planes(const Input& in, const Pixel* pixels, int64_t ky, int64_t kx, int64_t c0,
-                        int64_t c1, int64_t count, float* panel, int64_t ld) {
-  struct Run {
-    int64_t start, length, offset, step;  // offset < 0: padding
-  } runs[kMaxTile];
-  int64_t n = 0;
-  for (int64_t t = 0; t < count; t++) {
-    int64_t offset;
-    if (!source_of(in, pixels[t], ky, kx, &offset)) offset = -1;
-    if (n) {
-      Run& last = runs[n - 1];
-      int64_t step = last.length == 1 ? offset - last.offset : last.step;
-      bool joins = last.offset < 0 ? offset < 0
-                                   : offset >= 0 && offset == last.offset + last.length * step;
+// What one kernel position reads of a channel: elements `step` apart, or padding.
+struct Parts {
+  struct Part {
+    int64_t start, length, offset;  // offset < 0: padding
+  };
+  Part parts[kMaxTile];
+  int64_t number = 0, step;
+
+  explicit Parts(int64_t step) : step(step) {}
+
+  void add(int64_t start, int64_t length, int64_t offset) {
+    if (length <= 0) return;
+    if (number) {
+      Part& last = parts[number - 1];
+      const bool joins =
+          offset < 0 ? last.offset < 0
+                     : last.offset >= 0 && offset == last.offset + last.length * step;
       if (joins) {
-        last.length++;
-        last.step = step;
-        continue;
+        last.length += length;
+        return;
       }
     }
-    runs[n++] = {t, 1, offset, 1};
+    parts[number++] = {start, length, offset};
   }
-  for (int64_t c = c0; c < c1; c++) {
-    float* out = panel + (c - c0) * ld;
-    int64_t plane = c * in.step_channel;
-    for (int64_t i = 0; i < n; i++) {
-      const Run& run = runs[i];
-      if (run.offset < 0)
-        for (int64_t j = 0; j < run.length; j++) out[run.start + j] = 0.0f;
-      else if (run.step == 1)
-        to_floats(in.data, plane + run.offset, run.length, in.dtype, out + run.start);
-      else
-        for (int64_t j = 0; j < run.length; j++)
-          out[run.start + j] = load_as_float(in.data, plane + run.offset + j * run.step, in.dtype);
+
+  // Pixels of a run along a row: some at its ends may be padding.
+  void add_run(const Input& in, const Pixels::Run& run, int64_t ky, int64_t kx) {
+    const int64_t y = run.first.y + ky * in.dilation_y, x = run.first.x + kx * in.dilation_x;
+    if (y < 0 || y >= in.height) return add(run.start, run.length, -1);
+    int64_t from = 0, to = 0;  // of the run, inside the image
+    if (in.stride_x == 1) {
+      from = x < 0 ? -x : 0, to = in.width - x;
+    } else {
+      if (x < 0) from = (-x + in.stride_x - 1) / in.stride_x;
+      if (x < in.width) to = (in.width - 1 - x) / in.stride_x + 1;
     }
+    to = to < run.length ? to : run.length;
+    if (from >= to) return add(run.start, run.length, -1);
+    add(run.start, from, -1);
+    add(run.start + from, to - from,
+        run.first.image_offset + y * in.step_y + (x + from * in.stride_x) * in.step_x);
+    add(run.start + to, run.length - to, -1);
   }
+};
+
+// The same for any other layout. A part is written in whole vectors: what lies behind it is written
+// after it, or is room at the end of the panel.
+inline void fill_planes(const Input& in, const Pixels& pixels, int64_t ky, int64_t kx, int64_t c0,
+                        int64_t c1, float* panel, int64_t ld) {
+  Parts all(in.stride_x * in.step_x);
+  for (int64_t i = 0; i < pixels.number; i++) all.add_run(in, pixels.runs[i], ky, kx);
+  for (int64_t c = c0; c < c1; c++, panel += ld)
+    for (int64_t i = 0; i < all.number; i++) {
+      const Parts::Part& part = all.parts[i];
+      float* out = panel + part.start;
+      const int64_t start = c * in.step_channel + part.offset;
+      if (part.offset < 0) {
+        for (int64_t j = 0; j < part.length; j += V::kLanes) V::store(out + j, V::zero());
+      } else if (in.dtype == DType::f32 && all.step == 1) {
+        V::copy(static_cast<const float*>(in.data) + start, part.length, out);
+      } else if (in.dtype == DType::f32 && all.step == 2) {
+        V::copy_every_second(static_cast<const float*>(in.data) + start, part.length, out);
+      } else if (all.step == 1) {
+        to_floats(in.data, start, part.length, in.dtype, out);
+      } else {
+        for (int64_t j = 0; j < part.length; j++)
+          out[j] = load_as_float(in.data, start + j * all.step, in.dtype);
+      }
+    }
 }
 
-inline void fill_conv(const Input& in, int64_t group, int64_t k0, int64_t k1, int64_t p0,
-                      int64_t count, float* panel, int64_t ld) {
-  Pixel pixels[kMaxTile];
-  for (int64_t t = 0; t < count; t++) {
-    int64_t p = p0 + t, size = in.out_height * in.out_width;
-    int64_t q = p % size;
-    pixels[t].image_offset = p / size * in.step_image + group * in.channels * in.step_channel;
-    pixels[t].y = q / in.out_width * in.stride_y - in.pad_y;
-    pixels[t].x = q % in.out_width * in.stride_x - in.pad_x;
-  }
+inline void fill_conv(const Input& in, const Pixels& pixels, int64_t k0, int64_t k1, float* panel,
+                      int64_t ld) {
   for (int64_t k = k0; k < k1;) {
     int64_t tap = k / in.channels, c0 = k % in.channels;
     int64_t c1 = c0 + (k1 - k) < in.channels ? c0 + (k1 - k) : in.channels;
     auto fill = in.step_channel == 1 ? fill_channels_last : fill_planes;
-    fill(in, pixels, tap / in.kernel_x, tap % in.kernel_x, c0, c1, count, panel + (k - k0) * ld,
-         ld);
+    fill(in, pixels, tap / in.kernel_x, tap % in.kernel_x, c0, c1, panel + (k - k0) * ld, ld);
     k += c1 - c0;
   }
 }
@@ -245,7 +294,8 @@ inline int64_t chunk_columns(const Weight& w, const Tile& tile) {
 }
 
 // An index that names no column of its group, out of a corrupted file, must not leave `scratch`:
-// a field reaches at most (1 << bits) - 1 columns past the start of its group.
+// a field reaches at most (1 << bits) - 1 columns past the start of its group. Filling the panel may
+// write a vector past its end.
 inline int64_t panel_floats(const Weight& w, const Tile& tile) {
   return (chunk_columns(w, tile) + (1 << field_bits(w.m))) * tile.vectors * V::kLanes;
 }
@@ -270,12 +320,14 @@ void panel_tile(const Call& c, const Tile& tile, int64_t group, int64_t p0, int6
   int32_t* offsets = reinterpret_cast<int32_t*>(sums + (b1 - b0) * kBlock * ld);
   float* floats = reinterpret_cast<float*>(offsets) + tile.chunk_slots * kBlock;
   const int64_t itemsize = w.dtype == DType::f32 ? 4 : 2, fields = fields_per_word(w.m);
+  Pixels pixels;
+  if (c.input.is_conv) pixels.find(c.input, group, p0, count);
   if (w.slots == 0) memset(sums, 0, size_t((b1 - b0) * kBlock * ld) * 4);
   for (int64_t s0 = 0; s0 < w.slots; s0 += tile.chunk_slots) {
     const int64_t s1 = s0 + tile.chunk_slots < w.slots ? s0 + tile.chunk_slots : w.slots;
     const int64_t k0 = s0 / w.n * w.m, k1 = ((s1 - 1) / w.n + 1) * w.m;
     if (c.input.is_conv)
-      fill_conv(c.input, group, k0, k1, p0, count, panel, ld);
+      fill_conv(c.input, pixels, k0, k1, panel, ld);
     else
       fill_linear(c.input, k0, k1, p0, count, panel, ld);
     clear_positions(panel, k1 - k0, count, ld);
