@@ -74,15 +74,6 @@ bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
 
 // --- panels --------------------------------------------------------------------------------------
 
-// Widths the panel kernel has, in vectors.
-constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
-
-int vectors_for(int64_t positions, const Isa& isa, int widest) {
-  for (int width : kWidths)
-    if (width >= widest || positions <= int64_t(width) * isa.lanes) return width;
-  return 8;
-}
-
 // Bytes of a cache as the system reports them, or what a CPU of 2020 has.
 int64_t cache_bytes(int level) {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
@@ -115,7 +106,9 @@ Tile choose_tile(const Call& c, const Isa& isa) {
   const int64_t least = fields * w.m / w.n * vector_bytes;
   int widest = isa.max_vectors;
   while (widest > 2 && widest * least > kFirstLevel) widest /= 2;
-  tile.vectors = vectors_for(c.input.positions, isa, widest);
+  // Tiles of the same width, as near as can be: a last one of a few positions is slow.
+  const int64_t all = ceil_div(c.input.positions, isa.lanes);
+  tile.vectors = int(ceil_div(all, ceil_div(all, widest)));
   int64_t columns = kPanelBytes / (tile.vectors * vector_bytes);
   int64_t slots = columns * w.n / w.m / fields * fields;
   slots = at_most(slots, kMostSlots / fields * fields);
@@ -140,7 +133,7 @@ void panel_body(int64_t begin, int64_t end, void* context) {
     int64_t count = at_most(job.positions_per_tile, c.input.positions - p0);
     int64_t b1 = at_most(c.weight.blocks, b0 + job.blocks_per_range);
     Tile cut = job.tile;  // the last tile may be narrower
-    cut.vectors = vectors_for(count, *job.isa, cut.vectors);
+    cut.vectors = int(ceil_div(count, job.isa->lanes));
     job.isa->panel(c, cut, group, p0, count, b0, b1, memory);
   }
   scratch.done();

@@ -10,6 +10,7 @@
 // Included by one file per instruction set, which defines the struct V:
 //   F, Ints          a vector of kLanes floats, of kLanes 32-bit integers
 //   kHalves          vectors per block of 16
+//   kRegisters       vectors that the CPU holds
 //   kRows            rows of activations in one pass; up to kWholeRows of them take whole blocks
 //   load/store/zero/fma, load_values(const T*), load_index, shift<..>
 //   Window<M>, window<M>(x), permute<M>(window, fields)

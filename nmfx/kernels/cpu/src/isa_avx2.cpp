@@ -12,7 +12,7 @@ struct Window256 {
 struct V {
   using F = __m256;
   using Ints = __m256i;
-  static constexpr int kLanes = 8, kHalves = 2, kRows = 8, kWholeRows = 4;
+  static constexpr int kLanes = 8, kRegisters = 16, kHalves = 2, kRows = 8, kWholeRows = 4;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }

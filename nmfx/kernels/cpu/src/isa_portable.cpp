@@ -8,7 +8,7 @@ namespace {
 
 struct V {
   typedef float F __attribute__((vector_size(32), aligned(4)));
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kRegisters = 16;
 
   static F load(const float* p) { return *reinterpret_cast<const F*>(p); }
   static void store(float* p, F v) { *reinterpret_cast<F*>(p) = v; }
