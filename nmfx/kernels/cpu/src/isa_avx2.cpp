@@ -87,6 +87,12 @@ struct V {
       store(out + i, _mm256_castpd_ps(_mm256_permute4x64_pd(halves, 0xd8)));
     }
   }
+  using Lanes = Ints;
+  static Lanes lanes_of(uint32_t bits) {
+    const Ints each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), each), each);
+  }
+  static F load_lanes(const float* p, Lanes lanes) { return _mm256_maskload_ps(p, lanes); }
   static Ints first_lanes(int64_t count) {
     const int lanes = count > kLanes ? kLanes : int(count);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -97,6 +97,9 @@ struct V {
       store(out + i, _mm512_permutex2var_ps(low, even, high));
     }
   }
+  using Lanes = __mmask16;
+  static Lanes lanes_of(uint32_t bits) { return Lanes(bits); }
+  static F load_lanes(const float* p, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
   static __mmask16 first_lanes(int64_t count) {
     return __mmask16(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
   }

@@ -26,6 +26,14 @@ struct V {
 
   static inline void transpose_rows(const void* const* rows, DType dtype, int64_t count,
                                     int64_t c0, int64_t c1, float* out, int64_t ld);
+  using Lanes = uint32_t;
+  static Lanes lanes_of(uint32_t bits) { return bits; }
+  static F load_lanes(const float* p, Lanes lanes) {
+    F v = {};
+    for (int lane = 0; lane < kLanes; lane++)
+      if (lanes >> lane & 1) v[lane] = p[lane];
+    return v;
+  }
   static void copy(const float* in, int64_t count, float* out) {
     memcpy(out, in, size_t(count) * 4);
   }

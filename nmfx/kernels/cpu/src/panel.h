@@ -137,12 +137,54 @@ struct Parts {
   }
 };
 
+// For parts whose elements lie in one line but for padding, as those of a convolution that keeps the
+// width of its images: each vector of a panel row is one load that leaves the padding out.
+struct WholeVectors {
+  static constexpr int kMost = kMaxTile / V::kLanes;
+  int64_t offset[kMost] = {};
+  uint32_t bits[kMost] = {};  // lanes that are not padding
+  bool possible = true;
+
+  explicit WholeVectors(const Parts& parts) {
+    for (int64_t i = 0; i < parts.number && possible; i++) {
+      const Parts::Part& part = parts.parts[i];
+      const int64_t end = part.start + part.length;
+      if (part.offset < 0) continue;
+      for (int64_t v = part.start / V::kLanes; v * V::kLanes < end; v++) {
+        const int64_t first = v * V::kLanes, from = part.offset + first - part.start;
+        possible = possible && (bits[v] == 0 || offset[v] == from);
+        offset[v] = from;
+        const int64_t low = part.start > first ? part.start - first : 0;
+        const int64_t high = end - first < V::kLanes ? end - first : V::kLanes;
+        bits[v] |= ((1u << high) - 1) & ~((1u << low) - 1);
+      }
+    }
+  }
+
+  // Rows of `vectors` vectors for channels that lie `step` apart.
+  void copy(const float* channel, int64_t step, int64_t channels, int64_t vectors, float* out,
+            int64_t ld) const {
+    typename V::Lanes lanes[kMost];
+    for (int64_t v = 0; v < vectors; v++) lanes[v] = V::lanes_of(bits[v]);
+    for (int64_t c = 0; c < channels; c++, channel += step, out += ld)
+      for (int64_t v = 0; v < vectors; v++)
+        V::store(out + v * V::kLanes, V::load_lanes(channel + offset[v], lanes[v]));
+  }
+};
+
 // The same for any other layout. A part is written in whole vectors: what lies behind it is written
 // after it, or is room at the end of the panel.
 inline void fill_planes(const Input& in, const Pixels& pixels, int64_t ky, int64_t kx, int64_t c0,
                         int64_t c1, float* panel, int64_t ld) {
   Parts all(in.stride_x * in.step_x);
   for (int64_t i = 0; i < pixels.number; i++) all.add_run(in, pixels.runs[i], ky, kx);
+  if (in.dtype == DType::f32 && all.step == 1) {
+    const WholeVectors vectors(all);
+    if (vectors.possible)
+      return vectors.copy(static_cast<const float*>(in.data) + c0 * in.step_channel,
+                          in.step_channel, c1 - c0, (pixels.count + V::kLanes - 1) / V::kLanes,
+                          panel, ld);
+  }
   for (int64_t c = c0; c < c1; c++, panel += ld)
     for (int64_t i = 0; i < all.number; i++) {
       const Parts::Part& part = all.parts[i];
