@@ -89,3 +89,11 @@ def test_hardware_is_described() -> None:
     assert re.search(r", (DEFAULT|AVX2|AVX512|NEON|SVE\w*|.*)$", hardware.cpu_model())
     assert hardware.cache_bytes() >= 2**18
     assert hardware.kernel_status()
+
+
+def test_a_cache_larger_than_the_cores_can_have_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(hardware, "parse_size", lambda text: 480 * 2**20)
+    assert hardware.cache_bytes.__wrapped__() == 16 * 2**20
