@@ -2,7 +2,8 @@
 
     src/few.h     few rows: lane = output row, activations found by permutation
     src/panel.h   many rows and convolutions: lane = position, activations found by address
-    src/isa_*.cpp the instructions they are made of, one file per instruction set
+    src/isa_*.cpp the instructions they are made of, one file per instruction set; that of AMX adds
+                  a kernel that expands bfloat16 weights into tiles
     src/driver.cpp pieces and threads      src/dispatch.cpp which instruction set
     src/ops.cpp   nmfx::linear_nm and nmfx::conv_nm for torch      build.py compiles it all
 
