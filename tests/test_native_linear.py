@@ -192,6 +192,19 @@ def test_edges_of_tiles_and_chunks(isa: str, pattern: str) -> None:
 
 
 @needs_library
+@each_isa
+def test_no_columns_give_the_bias(isa: str) -> None:
+    cpu.use_isa(isa)
+    bias = torch.randn(33)
+    for dtype in DTYPES:
+        values, index = pack(torch.zeros(33, 0, dtype=dtype), Pattern(2, 4))
+        for rows in (1, 4, 40, 100):
+            x = torch.zeros(rows, 0, dtype=dtype)
+            actual = linear_nm(x, values, index, bias.to(dtype), 33, 0, 2, 4)
+            assert torch.equal(actual, bias.to(dtype).expand(rows, 33)), f"{dtype}, {rows} rows"
+
+
+@needs_library
 @pytest.mark.parametrize("size", [1, 15, 17, 127, 129, 1000])
 @each_isa
 def test_one_row_of_odd_sizes(isa: str, size: int) -> None:

@@ -60,7 +60,8 @@ bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
   job.call = &c;
   job.isa = &isa;
   job.ldx = c.weight.columns + 64;
-  const int64_t fit = kFewInput / (c.weight.columns * 2) / 32 * 32;
+  const int64_t row_bytes = c.weight.columns * 2;
+  const int64_t fit = row_bytes ? kFewInput / row_bytes / 32 * 32 : isa.few_tile;
   job.positions_per_tile = at_most(isa.few_tile, fit < 64 ? 64 : fit);
   job.x = scratch.floats(c.input.positions * job.ldx);
   if (!job.x) return false;

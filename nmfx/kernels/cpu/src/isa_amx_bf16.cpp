@@ -432,7 +432,8 @@ TileKernel tile_kernel(int n, int m) {
 // 1.24, 1:4 at 4 rows 0.85 / 0.81, at 8 rows 1.09 / 0.81, 1:16 at 8 rows 0.29 / 0.50, at 16 0.53 /
 // 0.52.
 bool takes_tiles(const Call& c) {
-  return c.weight.dtype == DType::bf16 && c.input.positions * c.weight.n >= c.weight.m;
+  const Weight& w = c.weight;
+  return w.dtype == DType::bf16 && w.slots > 0 && c.input.positions * w.n >= w.m;
 }
 
 void few_or_tiles(const Call& c, const void* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
