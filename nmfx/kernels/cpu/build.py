@@ -1,8 +1,8 @@
 """Builds the native library beside this file: `python nmfx/kernels/cpu/build.py`.
 
 It needs g++ 11 or later (or what CXX names) and an installed torch, whose headers it reads; the
-result uses torch's stable ABI only, so it serves every torch from 2.11 on. This file imports neither
-torch nor nmfx, because `setup.py` runs it too. Nothing is compiled that is up to date.
+result uses torch's stable ABI only, so it serves every torch from 2.11 on. This file imports
+neither torch nor nmfx, because `setup.py` runs it too. Nothing is compiled that is up to date.
 """
 
 from __future__ import annotations
