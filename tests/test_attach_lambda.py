@@ -86,7 +86,9 @@ def test_attach_effective_lambda_is_one_everywhere() -> None:
         if any(abs(value - 1.0) > tolerance for value in found):
             wrong.append(name)
         if way.dtype == torch.float32 and way.inside is not None:
-            want = pytest.approx([way.inside] * len(inside), rel=0.02, abs=2e-6)
+            # Where a loss scale makes the decay small beside the gradient, float32 rounds it, each
+            # CPU in its way (2.3e-6 off on one); the cases to tell apart are 4.6e-5 apart.
+            want = pytest.approx([way.inside] * len(inside), rel=0.02, abs=5e-6)
             assert inside == want, f"{name}: inside backward {inside}, not {way.inside}"
     print("\n".join(table))
     assert not wrong, f"not 1.0 for {wrong}:" + "\n".join(table)
