@@ -37,8 +37,8 @@ class Scratch {
   }
 
  private:
-  // 16 MB: the activations of 512 rows of 4096 fit, and fresh memory for them costs a tenth of what
-  // is done with them.
+  // 16 MB: the activations of 512 rows of 4096 fit. A guess; the page faults of fresh memory were
+  // not timed.
   static constexpr int64_t kKept = 4 << 20;  // floats
   float* data_ = nullptr;
   int64_t count_ = 0;
