@@ -14,8 +14,13 @@ from .capture.site import SiteRef, sites_of
 from .errors import NMError
 from .schedule import site_mask
 
-# What may read a raw weight: the op itself, and the select of a frozen layer.
-_ALLOWED = {"nmfx::sr_ste", "nmfx::sr_ste_backward"}
+# What may read a raw weight: the op in its forms, and the select of a frozen layer.
+_ALLOWED = {
+    "nmfx::sr_ste",
+    "nmfx::sr_ste_project",
+    "nmfx::sr_ste_backward",
+    "nmfx::sr_ste_decay_",
+}
 
 
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:

@@ -16,7 +16,7 @@ from torch import nn
 from .capture.candidates import Candidate, find_candidates
 from .capture.site import MEASURED, NOTES, SKIPPED, get_path, packed_names
 from .errors import NMError
-from .ops.sr_ste import UNFUSED_REASON
+from .ops.compiled import UNFUSED_REASON
 from .pattern import Pattern
 
 

@@ -249,8 +249,8 @@ def test_modules_of_one_class_keep_their_own_pattern_and_lambda() -> None:
 def test_the_source_of_a_generated_forward_can_be_read() -> None:
     layer = only(nn.Conv2d(8, 6, 3))
     source = inspect.getsource(type(layer).forward)
-    assert source.count("nmfx_sr_ste(") == 1, source
-    assert "nmfx_sr_ste(weight, _nmfx_control0, 4, 1)" in source
+    assert source.count("nmfx_masked_conv(2, input_1, weight, bias, ") == 1, source
+    assert "groups, _nmfx_control0, 4, 1)" in source
     assert list(inspect.signature(layer.forward).parameters) == ["input"]
 
 

@@ -185,5 +185,14 @@ def test_sr_ste_backward_passes_opcheck(
 ) -> None:
     weight = conv_weight(dtype, layout, requires_grad)
     grad = torch.randn(4, 8, 3, 2).to(dtype).requires_grad_(requires_grad)
-    args = (grad, weight, nm_project(weight, "2:4", 1), make_control(2.0**-6, 2), ABI)
+    args = (grad, weight, make_control(2.0**-6, 2), 4, 1, ABI)
     torch.library.opcheck(torch.ops.nmfx.sr_ste_backward.default, args)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [case[:2] for case in OPCHECK])
+def test_sr_ste_without_autograd_passes_opcheck(dtype: torch.dtype, layout: str) -> None:
+    weight, control = conv_weight(dtype, layout, False), make_control(2.0**-6, 2)
+    torch.library.opcheck(torch.ops.nmfx.sr_ste_project.default, (weight, control, 4, 1))
+    grad = torch.randn(4, 8, 3, 2).to(dtype)
+    args = (grad, weight, control, 4, 1, ABI)
+    torch.library.opcheck(torch.ops.nmfx.sr_ste_decay_.default, args)

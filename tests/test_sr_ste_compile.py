@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +14,14 @@ from saved_tensors import saved_bytes
 from strategies import from_bits, special_bits
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import nmfx
 from nmfx.capture.site import control_name, iter_sites
 from nmfx.mask import nm_project
-from nmfx.ops.sr_ste import UNFUSED_REASON, make_control, sr_ste
+from nmfx.ops import compiled as compiled_ops
+from nmfx.ops.compiled import UNFUSED_REASON
+from nmfx.ops.sr_ste import make_control, sr_ste
 
 # torch's own, when Inductor is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -131,10 +134,19 @@ def test_export_sees_one_node_per_weight_and_runs(name: str) -> None:
     assert torch.equal(torch.export.load(file).module()(x), wanted)
 
 
+@pytest.fixture(params=["native", "formula"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What compiled code does for a mask: call the native kernels, or compute the formula."""
+    if request.param == "formula":
+        monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight: False)
+    with fresh_cache():  # the cache on disk knows graphs by what they were before the choice
+        yield request.param
+
+
 @pytest.mark.parametrize(
     "name", ["mlp", *(pytest.param(n, marks=pytest.mark.deep) for n in ("convnet", "attention"))]
 )
-def test_inductor_fuses_forward_and_backward_and_saves_nothing_more(name: str) -> None:
+def test_inductor_computes_the_mask_again_and_saves_nothing_more(name: str, kernels: str) -> None:
     (plain, x), (model, _) = build(name, None), build(name)
     wanted = [model(x), *gradients(model, model(x).square().sum())]
     compiled = torch.compile(model, fullgraph=True)
@@ -145,7 +157,13 @@ def test_inductor_fuses_forward_and_backward_and_saves_nothing_more(name: str) -
         actual.extend([out, *gradients(model, out.square().sum())])
 
     code = inductor_code(run)
-    assert "torch.ops.nmfx" not in code, code
+    calls = re.findall(r"= torch\.ops\.nmfx\.(\w+)\.default\(", code)
+    if kernels == "formula":
+        assert calls == [], code
+    else:
+        # Backward needs the masked weight of all layers but the first, whose input has no gradient.
+        again = 1 if name != "attention" else 2
+        assert sorted(calls) == ["sr_ste"] * (2 + again) + ["sr_ste_backward"] * 2, code
     assert_same(actual, wanted)
 
     kept = controls(model)
@@ -154,7 +172,41 @@ def test_inductor_fuses_forward_and_backward_and_saves_nothing_more(name: str) -
     dense_bytes = saved_bytes(plain, x, run=torch.compile(plain, fullgraph=True))
     sparse_bytes = saved_bytes(model, x, run=compiled, ignore=kept)
     assert sparse_bytes == dense_bytes, f"{sparse_bytes} bytes saved, {dense_bytes} when dense"
-    assert saved_bytes(model, x) > sparse_bytes, "saved_bytes() does not see what eager saves"
+    held = torch.randn(1024, requires_grad=True)
+    assert saved_bytes(model, x, run=lambda x: model(x).sum() + held.exp().sum()) > sparse_bytes
+
+
+def layouts_of_weights() -> dict[str, tuple[Tensor, int]]:
+    conv = torch.randn(16, 32, 3, 3)
+    return {
+        "linear": (torch.randn(48, 64), 1),
+        "transposed": (torch.randn(64, 48).t(), 1),
+        "conv": (conv, 1),
+        "channels_last": (conv.to(memory_format=torch.channels_last), 1),
+    }
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:16"])
+@pytest.mark.parametrize("layout", layouts_of_weights())
+def test_the_formula_is_one_loop_forward_and_one_backward(
+    layout: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight: False)
+    (weight, dim), parsed = layouts_of_weights()[layout], nmfx.Pattern.parse(pattern)
+    weight = weight.detach().requires_grad_()
+    control, grad = make_control(0.25, parsed.n), torch.randn(weight.shape)
+    compiled = torch.compile(sr_ste, fullgraph=True)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(compiled(weight, control, parsed.m, dim), weight, grad)
+
+    with fresh_cache():
+        (actual,), codes = run_and_get_code(run)
+    loops = [code.count("async_compile.cpp_pybinding") for code in codes]
+    assert loops == [1, 1], "\n".join(codes)
+    assert torch.equal(
+        actual, *torch.autograd.grad(sr_ste(weight, control, parsed.m, dim), weight, grad)
+    )
 
 
 def test_inductor_code_of_an_opaque_op_would_be_noticed() -> None:
@@ -193,7 +245,7 @@ def awkward(dtype: torch.dtype) -> Tensor:
     ],
     ids=str,
 )
-def test_inductor_equals_eager_bit_for_bit(dtype: torch.dtype) -> None:
+def test_inductor_equals_eager_bit_for_bit(dtype: torch.dtype, kernels: str) -> None:
     weight, grad = awkward(dtype), torch.randn(8, 32).to(dtype)
     compiled = torch.compile(sr_ste, fullgraph=True)
     for n, lambda_w in ((2, 0.0), (1, 2.0**-4), (3, 2e-4)):

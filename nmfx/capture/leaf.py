@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..graph.fuse import fuse_masks
 from ..graph.rewrite import (
     Use,
     find_uses,
@@ -61,7 +62,11 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     else:
         insert_sr_ste(graph, uses, control_name(0), site.pattern.m, site.dim)
     graph.lint()
-    code = graph.python_code("self")
+    eager = fx.Graph()
+    eager.output(eager.graph_copy(graph, {}))
+    fuse_masks(eager)
+    eager.lint()
+    code = eager.python_code("self")
     return generated_class(
         base_class(module),
         ("leaf", site.state, code.src),

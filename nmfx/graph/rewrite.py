@@ -117,7 +117,7 @@ def replace_with_packed(
         target: Callable[..., object] = linear_nm
         rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
         if use.consumer.family == "addmm":
-            inputs, bias = argument(node, 1, "mat1"), _added(node)
+            inputs, bias = argument(node, 1, "mat1"), added(node)
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         if use.consumer.family == "conv":
@@ -145,7 +145,7 @@ def replace_with_prepacked(
     for use in uses:
         node, family = use.node, use.consumer.family
         if family == "addmm":
-            inputs, bias = argument(node, 1, "mat1"), _added(node)
+            inputs, bias = argument(node, 1, "mat1"), added(node)
         else:
             inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         with graph.inserting_before(node):
@@ -174,12 +174,13 @@ def can_pack(
             return "its weight is read by more than linear layers"
         if use.node.kwargs.keys() & {"alpha", "beta"}:
             return "addmm with alpha or beta"
-        if use.consumer.family == "addmm" and not is_bias(_added(use.node)):
+        if use.consumer.family == "addmm" and not is_bias(added(use.node)):
             return "addmm that adds something else than a bias"
     return None
 
 
-def _added(addmm: fx.Node) -> fx.Node:
+def added(addmm: fx.Node) -> fx.Node:
+    """What an addmm node adds to the product."""
     # torch calls it `input`, aten `self`.
     return argument(addmm, 0, "self" if "self" in addmm.kwargs else "input")
 

@@ -9,12 +9,15 @@ The schedule lives in `control`, a float64 tensor [lambda_W, N]: a compiled grap
 input, so changing either recompiles nothing. A change *replaces* the tensor (see capture/site.py)
 instead of writing into it, so the backward of an earlier forward still sees the values it ran with.
 
+The backward finds the mask again from the weight, which is there anyway: nothing else is kept.
+
 What each layer of torch sees:
 
-    eager              one dispatch, kernels/rank.py
+    eager              one autograd node; native kernels on CPU, else plain torch (kernels/rank.py)
     fx, Dynamo, export one node nmfx::sr_ste
-    AOTAutograd        the pointwise formula in place of the node (`_decompose`), so that Inductor
-                       fuses it and recomputes the mask in backward instead of saving it
+    AOTAutograd        on CPU the ops, as the native kernels outrun what Inductor generates; on
+                       other devices the pointwise formulas in their place, which Inductor fuses
+                       (compiled.py). The mask is computed again in backward, never saved
     functorch          an autograd.Function with a generated vmap rule (`_Functorch`)
 """
 
@@ -30,15 +33,30 @@ from ..kernels.rank import rank_eager, rank_pointwise
 
 # Compiled graphs are cached on disk by the calls they contain, not by what `_decompose` turns them
 # into: raise this number whenever a formula below changes, or stale code is loaded.
-ABI = 1
+ABI = 2
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(
-    "sr_ste(Tensor weight, Tensor control, int m, int dim, int abi) -> Tensor", tags=_tags
+    "sr_ste(Tensor weight, Tensor control, int m, int dim, int abi, ScalarType? dtype=None)"
+    " -> Tensor",
+    tags=_tags,
+)
+# The same without a gradient: the autograd kernel of the other takes 4 us, wanted or not.
+_library.define(
+    "sr_ste_project(Tensor weight, Tensor control, int m, int dim, ScalarType? dtype=None)"
+    " -> Tensor",
+    tags=_tags,
 )
 _library.define(
-    "sr_ste_backward(Tensor grad, Tensor weight, Tensor masked, Tensor control, int abi) -> Tensor",
+    "sr_ste_backward(Tensor grad, Tensor weight, Tensor control, int m, int dim, int abi)"
+    " -> Tensor",
+    tags=_tags,
+)
+_library.define(
+    "sr_ste_decay_(Tensor(a!) grad, Tensor weight, Tensor control, int m, int dim, int abi) -> ()",
     tags=_tags,
 )
 
@@ -68,11 +86,40 @@ def sr_ste(weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
     """
     if has_torch_function_unary(weight):  # fx proxies record this call as one node
         return handle_torch_function(sr_ste, (weight,), weight, control, m, dim)
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if not torch.compiler.is_compiling() and in_transform():
         return _Functorch.apply(weight, control, m, dim)
-    return torch.ops.nmfx.sr_ste(weight, control, m, dim, ABI)
+    if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
+        return torch.ops.nmfx.sr_ste.default(weight, control, m, dim, ABI)
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(weight, control, m, dim)
+    return project(weight, control, m, dim)
+
+
+def project(
+    weight: Tensor, control: Tensor, m: int, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`sr_ste` without autograd. Arguments as there.
+
+    Args:
+        dtype: of the result: that of the weight, or a narrower one to which kept float32 values
+            are rounded in the same pass.
+    """
+    return torch.ops.nmfx.sr_ste_project.default(weight, control, m, dim, dtype)
+
+
+def add_decay_(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) -> None:
+    """Adds `lambda_W * (1 - mask) * weight` to `grad` in place: one pass, no autograd.
+
+    Arguments as in `sr_ste`; `grad` has the shape of `weight`.
+    """
+    torch.ops.nmfx.sr_ste_decay_.default(grad, weight, control, m, dim, ABI)
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode AD is running, which need other rules."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 # fx prints a function as module_name: this makes generated code read `nmfx_sr_ste(...)`, and the
@@ -84,76 +131,142 @@ sr_ste.__module__ = "nmfx"
 
 
 def _kept(ranks: Tensor, control: Tensor) -> Tensor:
-    return ranks < control[1].to(torch.int8)
+    # No copy unless a wrapper moved the weight by itself.
+    return ranks < control[1].to(ranks.device, torch.int8)
 
 
-def _forward_eager(weight: Tensor, control: Tensor, m: int, dim: int, abi: int) -> Tensor:
-    control = control.to(weight.device)  # no copy unless a wrapper moved the weight by itself
-    kept = _kept(rank_eager(weight, m, dim), control)
-    out = torch.empty_like(weight)
-    return torch.where(
-        kept, weight, torch.zeros((), dtype=weight.dtype, device=weight.device), out=out
-    )
-
-
-def _forward_pointwise(weight: Tensor, control: Tensor, m: int, dim: int, abi: int) -> Tensor:
-    kept = _kept(rank_pointwise(weight, m, dim), control.to(weight.device))
-    return torch.where(kept, weight, 0.0)
-
-
-def _backward(grad: Tensor, weight: Tensor, masked: Tensor, control: Tensor, abi: int) -> Tensor:
-    # No mask is needed: a kept weight that is exactly zero takes the decayed branch, where its
-    # decay is lambda * 0. Half precision is rounded once, at the end.
+def _decayed(grad: Tensor, weight: Tensor, control: Tensor) -> Tensor:
+    """Grad + lambda * weight. Half precision is rounded once, at the end."""
     wide = torch.float32 if weight.dtype.itemsize == 2 else weight.dtype
     lambda_w = control[0].to(weight.device, wide)
-    decayed = (grad.to(wide) + lambda_w * weight.to(wide)).to(weight.dtype)
-    return torch.where(masked == 0, decayed, grad)
+    return (grad.to(wide) + lambda_w * weight.to(wide)).to(weight.dtype)
 
 
-def _like_weight(weight: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(weight)
+def _forward_eager(
+    weight: Tensor,
+    control: Tensor,
+    m: int,
+    dim: int,
+    abi: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    kept = _kept(rank_eager(weight, m, dim), control)
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    out = torch.where(kept, weight, zero, out=torch.empty_like(weight))
+    return out if dtype is None else out.to(dtype)
+
+
+def _project_eager(
+    weight: Tensor, control: Tensor, m: int, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return _forward_eager(weight, control, m, dim, ABI, dtype)
+
+
+def forward_pointwise(
+    weight: Tensor,
+    control: Tensor,
+    m: int,
+    dim: int,
+    abi: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`sr_ste` as operators that a compiler fuses into one loop."""
+    out = torch.where(_kept(rank_pointwise(weight, m, dim), control), weight, 0.0)
+    return out if dtype is None else out.to(dtype)
+
+
+def _backward_eager(
+    grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
+) -> Tensor:
+    kept, decayed = _kept(rank_eager(weight, m, dim), control), _decayed(grad, weight, control)
+    return torch.where(kept, grad.to(weight.dtype), decayed, out=torch.empty_like(weight))
+
+
+def backward_pointwise(
+    grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
+) -> Tensor:
+    """`sr_ste_backward` as operators that a compiler fuses into one loop."""
+    kept = _kept(rank_pointwise(weight, m, dim), control)
+    return torch.where(kept, grad.to(weight.dtype), _decayed(grad, weight, control))
+
+
+def _decay_eager(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int) -> None:
+    grad.copy_(_backward_eager(grad, weight, control, m, dim, abi))
+
+
+def _like_weight(
+    weight: Tensor,
+    control: Tensor,
+    m: int,
+    dim: int,
+    abi: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
 
 
 _library.impl("sr_ste", _forward_eager, "CompositeExplicitAutograd")
-_library.impl("sr_ste_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("sr_ste_project", _project_eager, "CompositeExplicitAutograd")
+_library.impl("sr_ste_backward", _backward_eager, "CompositeExplicitAutograd")
+_library.impl("sr_ste_decay_", _decay_eager, "CompositeExplicitAutograd")
 torch.library.register_fake("nmfx::sr_ste", _like_weight, lib=_library)
+torch.library.register_fake(
+    "nmfx::sr_ste_project",
+    lambda weight, control, m, dim, dtype=None: torch.empty_like(weight, dtype=dtype),
+    lib=_library,
+)
 torch.library.register_fake(
     "nmfx::sr_ste_backward", lambda grad, weight, *_: torch.empty_like(weight), lib=_library
 )
+torch.library.register_fake("nmfx::sr_ste_decay_", lambda *_: None, lib=_library)
 
 
 # --- autograd: the backward is an op of its own, so that compilers see it whole ----------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, control, *_ = inputs
-    ctx.save_for_backward(weight, output, control)  # `output` is held by the consumer anyway
+    weight, control, ctx.m, ctx.dim, *_ = inputs
+    ctx.save_for_backward(weight, control)
 
 
 def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, masked, control = ctx.saved_tensors
-    # Detached, because a graph of this gradient would lead back through `masked` into this very
-    # function, with a gradient of zero, and count the decay again.
-    result = torch.ops.nmfx.sr_ste_backward(grad, weight, masked.detach(), control, ABI)
-    return result, None, None, None, None
+    weight, control = ctx.saved_tensors
+    result = torch.ops.nmfx.sr_ste_backward.default(grad, weight, control, ctx.m, ctx.dim, ABI)
+    return result, None, None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, masked, control, _ = inputs
-    ctx.save_for_backward(masked, control)
+    grad, weight, control, ctx.m, ctx.dim, _ = inputs
+    ctx.grad_dtype = grad.dtype
+    ctx.save_for_backward(weight, control)
 
 
 def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    masked, control = ctx.saved_tensors
+    weight, control = ctx.saved_tensors
+    kept = _kept(rank_eager(weight.detach(), ctx.m, ctx.dim), control)
     wide = torch.promote_types(grad.dtype, torch.float32)
     scaled = (control[0].to(grad.device, wide) * grad.to(wide)).to(grad.dtype)
-    return grad, torch.where(masked == 0, scaled, 0.0), None, None, None
+    return grad.to(ctx.grad_dtype), torch.where(kept, 0.0, scaled), None, None, None, None
 
 
 torch.library.register_autograd("nmfx::sr_ste", _grad, setup_context=_save, lib=_library)
 torch.library.register_autograd(
     "nmfx::sr_ste_backward", _grad_backward, setup_context=_save_backward, lib=_library
 )
+
+
+class _Eager(torch.autograd.Function):
+    """The same once more, for calls that no compiler and no transform is watching."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
+        ctx.save_for_backward(weight, control)
+        ctx.m, ctx.dim = m, dim
+        return project(weight, control, m, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _grad(ctx, grad)[:4]
 
 
 # --- functorch ---------------------------------------------------------------------------------
@@ -170,13 +283,15 @@ class _Functorch(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, control, *_ = inputs
-        ctx.save_for_backward(weight, output, control)
+        weight, control, ctx.m, ctx.dim = inputs
+        ctx.save_for_backward(weight, control)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, masked, control = ctx.saved_tensors
-        return _backward(grad, weight, masked, control, ABI), None, None, None
+        weight, control = ctx.saved_tensors
+        kept = _kept(rank_pointwise(weight.detach(), ctx.m, ctx.dim), control)
+        result = torch.where(kept, grad, _decayed(grad, weight, control))
+        return result, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -191,72 +306,18 @@ def _vmap(
     m: int,
     dim: int,
     abi: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, int]:
     weight_dim, control_dim = in_dims[:2]
     if control_dim is None and weight_dim is not None:
         dim %= weight.ndim - 1
-        batched = torch.ops.nmfx.sr_ste(weight.movedim(weight_dim, 0), control, m, dim + 1, abi)
-        return batched, 0
+        weight = weight.movedim(weight_dim, 0)
+        return torch.ops.nmfx.sr_ste(weight, control, m, dim + 1, abi, dtype), 0
     # One schedule per model of an ensemble.
     weights = [weight] * info.batch_size if weight_dim is None else weight.unbind(weight_dim)
     controls = [control] * info.batch_size if control_dim is None else control.unbind(control_dim)
     calls = zip(weights, controls, strict=True)
-    return torch.stack([torch.ops.nmfx.sr_ste(w, c, m, dim, abi) for w, c in calls]), 0
+    return torch.stack([torch.ops.nmfx.sr_ste(w, c, m, dim, abi, dtype) for w, c in calls]), 0
 
 
 torch.library.register_vmap("nmfx::sr_ste", _vmap, lib=_library)
-
-
-# --- compilers ---------------------------------------------------------------------------------
-
-
-def _install_decompositions() -> str | None:
-    """Lets AOTAutograd see the formulas instead of the ops; returns why not, if it cannot.
-
-    `register_torch_dispatch` on FunctionalTensorMode is the one place that is after Dynamo and
-    export (which keep one node) and before partitioning (which decides what backward saves).
-    Without it the ops still compile, as opaque calls to the eager kernel.
-    """
-    try:
-        import torch.fx.traceback as traceback
-        from torch._subclasses.functional_tensor import FunctionalTensorMode
-        from torch.utils.checkpoint import CheckpointPolicy
-    except ImportError as error:  # private modules: they may move
-        return f"torch {torch.__version__} has no {error.name}; nmfx::sr_ste compiles unfused"
-
-    # One recomputation region for all weights (torch counts its own from 0): with one for each,
-    # the constants that several weights share would be saved as a boundary between regions.
-    region = 1 << 20
-
-    def decompose(formula: Any, recompute: bool) -> Any:
-        def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if torch.compiler.is_exporting():
-                return mode.__torch_dispatch__(op, types, args, kwargs or {})
-            # Tag the nodes of the forward so that the partitioner recomputes the mask in backward
-            # and saves nothing, unless the user's own checkpointing has tagged them already.
-            meta = traceback.current_meta
-            tag = recompute and meta.get("recompute") is None
-            if tag:
-                meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-                meta["ac_graph_id"] = region
-            try:
-                with mode:
-                    return formula(*args, **(kwargs or {}))
-            finally:
-                if tag:
-                    del meta["recompute"], meta["ac_graph_id"]
-
-        return rule
-
-    for name, formula, recompute in (
-        ("nmfx::sr_ste", _forward_pointwise, True),
-        ("nmfx::sr_ste_backward", _backward, False),
-    ):
-        torch.library.register_torch_dispatch(
-            name, FunctionalTensorMode, decompose(formula, recompute), lib=_library
-        )
-    return None
-
-
-# None, or the reason why compiled models call the eager kernel.
-UNFUSED_REASON = _install_decompositions()

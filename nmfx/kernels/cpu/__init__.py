@@ -5,7 +5,11 @@
     src/isa_*.cpp the instructions they are made of, one file per instruction set; that of AMX adds
                   a kernel that expands bfloat16 weights into tiles
     src/driver.cpp pieces and threads      src/dispatch.cpp which instruction set
-    src/ops.cpp   nmfx::linear_nm and nmfx::conv_nm for torch      build.py compiles it all
+    src/masks.h   masks of weights in training: mask_groups.h which elements are kept,
+                  mask_apply.h what is done with them; masks_*.cpp for each instruction set
+    src/pool.h    memory for large results, kept for the next
+    src/packed_ops.cpp nmfx::linear_nm, nmfx::conv_nm   src/mask_ops.cpp nmfx::sr_ste and gradients
+    build.py      compiles it all
 
 `NMFX_CPU_ISA` pins one of `NAMES`, or "none" for no native kernels.
 """

@@ -31,6 +31,8 @@ KERNELS = [
     *("-ffp-contract=fast", "-falign-loops=32"),
     *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
 ]
+# Without them: gradients are those of torch, bit for bit.
+MASKS = ["-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
 FLAGS: dict[str, list[str]] = {
@@ -39,11 +41,16 @@ FLAGS: dict[str, list[str]] = {
     "isa_avx512": [*KERNELS, *AVX512],
     "isa_avx512_bf16": [*KERNELS, *AVX512, "-mavx512bf16"],
     "isa_amx_bf16": [*KERNELS, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "masks_portable": MASKS,
+    "masks_avx2": [*MASKS, *AVX2],
+    "masks_avx512": [*MASKS, *AVX512],
     "plain_f64": [],
     "driver": [],
     "dispatch": [],
+    "pool": [],
 }
-X86_ONLY = ("isa_avx2", "isa_avx512", "isa_avx512_bf16", "isa_amx_bf16")
+X86_ONLY = ("avx2", "avx512", "avx512_bf16", "amx_bf16")  # the ends of file names
+BINDINGS = ("packed_ops", "mask_ops")  # the files that include torch
 
 
 def torch_folder() -> Path:
@@ -74,7 +81,8 @@ def build(extra: tuple[str, ...] = (), library: Path = LIBRARY, stamp: Path = ST
     state = _state([compiler, *extra])
     if library.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == state:
         return library
-    names = [n for n in FLAGS if n not in X86_ONLY or platform.machine() in ("x86_64", "AMD64")]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    names = [name for name in FLAGS if is_x86 or not name.endswith(X86_ONLY)]
     includes = [torch / "include", torch / "include/torch/csrc/api/include"]
     objects = library.parent / "_objects"
     objects.mkdir(exist_ok=True)
@@ -83,9 +91,11 @@ def build(extra: tuple[str, ...] = (), library: Path = LIBRARY, stamp: Path = ST
         for name in names
     ]
     binding = [f"-isystem{path}" for path in includes]
-    commands.append([compiler, *COMMON, TORCH_TARGET, *binding, *extra, "-c"])
-    commands[-1].append(str(SOURCES / "ops.cpp"))
-    outputs = [objects / f"{name}.o" for name in (*names, "ops")]
+    commands += [
+        [compiler, *COMMON, TORCH_TARGET, *binding, *extra, "-c", str(SOURCES / f"{name}.cpp")]
+        for name in BINDINGS
+    ]
+    outputs = [objects / f"{name}.o" for name in (*names, *BINDINGS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[*c, "-o", str(o)] for c, o in zip(commands, outputs, strict=True)]
         list(pool.map(_run, jobs))

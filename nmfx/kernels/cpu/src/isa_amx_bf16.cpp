@@ -11,6 +11,7 @@
 //
 // A zero times an infinite activation is NaN, where the other kernels skip the zero. Rows with
 // activations that are not finite are therefore computed again, one by one.
+#include "masks.h"
 #include "isa_avx512.h"
 
 namespace nmfx {
@@ -483,6 +484,6 @@ const Isa isa_amx_bf16 = {"amx_bf16",
                           few_or_tiles,
                           input_for_tiles,
                           panels,
-                          panels_scratch};
+                          panels_scratch, &masks_avx512};
 
 }  // namespace nmfx

@@ -1,4 +1,5 @@
 // AVX2 with FMA and F16C: eight lanes, two vectors per block.
+#include "masks.h"
 #include "transpose_avx.h"
 
 namespace nmfx {
@@ -112,6 +113,6 @@ namespace nmfx {
 // 28 rows 11.0 / 11.0; 2:8 at 10 rows 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78,
 // at 4 rows 0.73 / 0.75 (3072 x 768: 0.15 / 0.12). For bf16 from an earlier form of the kernels.
 const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, kFewTile, false, {{24, 12, 4}, {32, 11, 5}},
-                      has_few, few,       few_input, panel,    panel_scratch};
+                      has_few, few,       few_input, panel,    panel_scratch, &masks_avx2};
 
 }  // namespace nmfx

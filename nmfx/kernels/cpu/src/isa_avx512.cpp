@@ -1,4 +1,5 @@
 // AVX-512 without a bf16 dot product: bf16 weights are widened to floats.
+#include "masks.h"
 #include "isa_avx512.h"
 
 namespace nmfx {
@@ -17,6 +18,6 @@ const Isa isa_avx512 = {"avx512",
                         few,
                         few_input,
                         panel,
-                        panel_scratch};
+                        panel_scratch, &masks_avx512};
 
 }  // namespace nmfx

@@ -9,6 +9,7 @@
 //   sums[lane] += a * permute(x)[2 lane] + b * permute(x)[2 lane + 1]
 //
 // With an odd N the pair spans two groups: the window is 2M wide and the high half adds M.
+#include "masks.h"
 #include "isa_avx512.h"
 
 namespace nmfx {
@@ -187,6 +188,6 @@ const Isa isa_avx512_bf16 = {"avx512_bf16",
                              few_or_dot,
                              input_for_dot,
                              panel,
-                             panel_scratch};
+                             panel_scratch, &masks_avx512};
 
 }  // namespace nmfx

@@ -1,6 +1,7 @@
 // Any CPU: the panel kernel on eight floats at a time, in the vector extension that GCC and Clang
 // lower to whatever there is (SSE, NEON, or scalar code). Also the definition the others are read
 // against.
+#include "masks.h"
 #include "epilogue.h"
 
 namespace nmfx {
@@ -60,6 +61,6 @@ void V::transpose_rows(const void* const* rows, DType dtype, int64_t count, int6
 }
 
 const Isa isa_portable = {"portable", V::kLanes, 8, 0, 0, false, {{1, 1, 1}, {1, 1, 1}},
-                          nullptr,    nullptr,   nullptr, panel, panel_scratch};
+                          nullptr,    nullptr,   nullptr, panel, panel_scratch, &masks_portable};
 
 }  // namespace nmfx

@@ -68,6 +68,8 @@ struct Tile {
   int64_t chunk_slots;  // slots of a block that one panel serves, a multiple of a word's fields
 };
 
+struct MaskKernels;  // masks.h
+
 struct Isa {
   const char* name;
   int lanes;                // floats per vector
@@ -90,6 +92,7 @@ struct Isa {
                 int64_t b1, float* scratch);
   // Floats of `scratch` for that many blocks.
   int64_t (*panel_scratch)(const Call&, const Tile&, int64_t blocks);
+  const MaskKernels* masks;
 };
 
 extern const Isa isa_portable;

@@ -1,54 +1,18 @@
-// nmfx::linear_nm and nmfx::conv_nm for CPU tensors, on torch's stable ABI: one library serves
-// every torch from 2.11 on. Schemas, fakes and gradients are defined in nmfx/ops/*.py; the checks
-// here protect memory, and the Python wrappers turn them into an NMError that names the cause.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// nmfx::linear_nm and nmfx::conv_nm for CPU tensors. Schemas, fakes and gradients are defined in
+// nmfx/ops/*.py.
+#include "binding.h"
 
 #include <optional>
 #include <string>
-#include <vector>
-
-#include "kernel.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void parallel_for(int64_t begin, int64_t end, int64_t grain, nmfx::ParallelBody body,
-                  void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
-}
-
-const nmfx::Isa& isa() {
-  const nmfx::Isa* isa = nmfx::isa_in_use();
-  STD_TORCH_CHECK(isa, "NMFX_CPU_ISA names an instruction set that this machine lacks");
-  return *isa;
-}
-
-nmfx::DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return nmfx::DType::f32;
-    case ScalarType::BFloat16: return nmfx::DType::bf16;
-    case ScalarType::Half: return nmfx::DType::f16;
-    case ScalarType::Double: return nmfx::DType::f64;
-    default: STD_TORCH_CHECK(false, "packed kernels take float16, bfloat16, float32 and float64");
-  }
-}
-
-// An uninitialised CPU tensor. `torch::stable::empty` looks its operator up by name in each call,
-// which took 1 us; this entry of the same stable ABI is a plain function.
-Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-             ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+using nmfx::dtype_of;
+using nmfx::empty;
+using nmfx::isa;
+using nmfx::parallel_for;
+using nmfx::ScalarType;
+using nmfx::Tensor;
 
 nmfx::Activation activation_of(const std::string& name) {
   if (name == "none") return nmfx::Activation::none;
@@ -67,7 +31,7 @@ nmfx::Weight weight_of(const Tensor& input, const Tensor& values, const Tensor& 
                       columns % m == 0,
                   "not a packed weight: ", out, " x ", columns, " at ", n, ":", m);
   nmfx::Weight w = {};
-  w.dtype = dtype_of(input);
+  w.dtype = dtype_of(input.scalar_type());
   w.n = int(n), w.m = int(m);
   w.out = out, w.columns = columns, w.groups = groups;
   w.blocks = (out + nmfx::kBlock - 1) / nmfx::kBlock;

@@ -1,0 +1,76 @@
+"""What compilers make of nmfx::sr_ste: a call of the native kernels, or the formula, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import cpu
+from .sr_ste import backward_pointwise, forward_pointwise
+
+# One recomputation region for all weights (torch counts its own from 0): with one for each, the
+# constants that several weights share would be saved as a boundary between regions.
+_REGION = 1 << 20
+
+
+def _outruns_inductor(weight: Tensor) -> bool:
+    """Whether the native kernels are there for this weight.
+
+    Inductor's loop counts ranks by comparing all pairs of a group, and pays M - 1 passes for it
+    where the kernels pay about one (benchmarks/results/mask_*.md).
+    """
+    return weight.device.type == "cpu" and cpu.isa() is not None
+
+
+def _install() -> str | None:
+    """Lets AOTAutograd see the formulas instead of the ops; returns why not, if it cannot.
+
+    `register_torch_dispatch` on FunctionalTensorMode is the one place that is after Dynamo and
+    export (which keep one node) and before partitioning (which decides what backward saves).
+    Without it the ops still compile, as opaque calls to the eager kernel.
+    """
+    try:
+        import torch.fx.traceback as traceback
+        from torch._subclasses.functional_tensor import FunctionalTensorMode
+        from torch.utils.checkpoint import CheckpointPolicy
+    except ImportError as error:  # private modules: they may move
+        return f"torch {torch.__version__} has no {error.name}; nmfx::sr_ste compiles unfused"
+
+    def rule_for(formula: Callable[..., Tensor], weight_position: int, recompute: bool) -> Any:
+        def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if torch.compiler.is_exporting():
+                return mode.__torch_dispatch__(op, types, args, kwargs)
+            # Tag the nodes of the forward so that the partitioner recomputes the mask in backward
+            # and saves nothing, unless the user's own checkpointing has tagged them already.
+            meta = traceback.current_meta
+            tag = recompute and meta.get("recompute") is None
+            if tag:
+                meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                meta["ac_graph_id"] = _REGION
+            try:
+                if _outruns_inductor(args[weight_position]):
+                    return mode.__torch_dispatch__(op, types, args, kwargs)
+                with mode:
+                    return formula(*args, **kwargs)
+            finally:
+                if tag:
+                    del meta["recompute"], meta["ac_graph_id"]
+
+        return rule
+
+    for name, formula, weight_position, recompute in (
+        ("nmfx::sr_ste", forward_pointwise, 0, True),
+        ("nmfx::sr_ste_backward", backward_pointwise, 1, False),
+    ):
+        torch.library.register_torch_dispatch(
+            name, FunctionalTensorMode, rule_for(formula, weight_position, recompute)
+        )
+    return None
+
+
+# None, or the reason why compiled models call the eager kernel.
+UNFUSED_REASON = _install()
