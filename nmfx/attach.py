@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .capture.site import SITES, SiteRef, sites_of
 from .errors import NMError
-from .schedule import site_mask
+from .ops.sr_ste import add_decay_, make_control
 
 
 class Attachment:
@@ -81,17 +81,33 @@ class Attachment:
     def _add_decay(self, optimizer: torch.optim.Optimizer) -> None:
         # Fused optimizers divide by the loss scale themselves; GradScaler lends it for the step.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        controls: dict[tuple[float, int, torch.device], Tensor] = {}
         for ref in self._live():
-            weight, lambda_w = ref.parameter, ref.site.lambda_w
-            if weight.grad is None or ref.site.state != "sparse" or lambda_w == 0.0:
+            weight, site = ref.parameter, ref.site
+            if weight.grad is None or site.state != "sparse" or site.lambda_w == 0.0:
                 continue
-            # As in backward: half precision is rounded once, from float32. That also holds the
-            # usual loss scale, 65536, which is beyond float16.
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            pruned: Tensor = weight.masked_fill(site_mask(ref), 0.0).to(wide)
-            if scale is not None:
-                pruned = pruned * scale.to(pruned.device, wide)
-            weight.grad.add_(pruned, alpha=lambda_w)
+            key = site.lambda_w, site.pattern.n, weight.device
+            if key not in controls:
+                controls[key] = make_control(*key)
+                if scale is not None:
+                    controls[key][0].mul_(scale.to(weight.device))
+            grad, values = _whole_groups(ref, weight.grad), _whole_groups(ref, weight)
+            add_decay_(grad, values, controls[key], site.pattern.m, site.dim)
+
+
+def _whole_groups(ref: SiteRef, tensor: Any) -> Tensor:
+    """The tensor, or of a DTensor (FSDP2) the shard of this rank: no group spans two of them."""
+    if not hasattr(tensor, "placements"):
+        return tensor
+    dim, m = ref.site.dim, ref.site.pattern.m
+    for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        if placement.is_shard(dim) and -(-tensor.shape[dim] // ranks) % m:
+            raise NMError(
+                f"{ref.name}: {tensor.shape[dim]} elements of dim {dim}, sharded over {ranks} "
+                f"ranks, leave groups of {m} on two ranks; shard another dimension or do without "
+                f"nmfx.attach"
+            )
+    return tensor.to_local()
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
