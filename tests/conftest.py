@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU the Triton kernels run in Triton's interpreter; it reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # `make test` runs one worker per core: more threads per worker would only fight for the cores.
 torch.set_num_threads(1)
 

@@ -99,9 +99,9 @@ def gradient(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) ->
 
 def decay_(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) -> None:
     """`grad.copy_(gradient(grad, weight, ...))`, in place where both have one dense layout."""
-    dense = torch.empty_like(weight, dtype=grad.dtype)
+    dense = torch.empty_like(weight, device="meta")  # no memory: its layout is what counts
     weight = _laid_out_like(dense, weight)
-    out = grad if _same_places(grad, weight) else dense
+    out = grad if _same_places(grad, dense) else torch.empty_like(weight, dtype=grad.dtype)
     _launch("gradient", (_laid_out_like(out, grad), weight), control, out, m, dim)
     if out is not grad:
         grad.copy_(out)
@@ -121,11 +121,22 @@ def _laid_out_like(like: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, or a copy of it in the layout of `like`."""
     if _same_places(like, tensor):
         return tensor
-    copy = torch.empty_like(like, dtype=tensor.dtype)
+    copy = torch.empty_like(like, dtype=tensor.dtype, device=tensor.device)
     if tensor.dtype in DTYPES:  # as integers: a NaN keeps its payload
         as_bits(copy).copy_(as_bits(tensor))
         return copy
     return copy.copy_(tensor)
+
+
+def constants(weight: Tensor, m: int) -> dict[str, int]:
+    """What the kernels are compiled for, besides dtypes: M, the tile, the width of offsets."""
+    places = 1 << (m - 1).bit_length()
+    long = weight.numel() >= _LONG
+    return {"M": m, "PLACES": places, "GROUPS": _TILE // places, "LONG": long}
+
+
+# How they are compiled. No contraction to an fma: the formula rounds the product, then the sum.
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 def _kernels() -> ModuleType:
@@ -146,21 +157,10 @@ def _launch(
         )
     if not weight.numel():
         return
-    places = 1 << (m - 1).bit_length()
-    groups, groups_per_program = weight.numel() // m, _TILE // places
+    groups, compiled_for = weight.numel() // m, constants(weight, m)
+    grid = (-(-groups // compiled_for["GROUPS"]),)
     # Usually no copies: a wrapper may have moved the weight, vmap may have cut up the control.
     control = control.to(weight.device).contiguous()
+    kernel, inner = getattr(_kernels(), name), weight.stride(dim)
     with torch.cuda.device_of(weight):
-        getattr(_kernels(), name)[(-(-groups // groups_per_program),)](
-            *inputs,
-            control,
-            out,
-            groups,
-            weight.stride(dim),
-            M=m,
-            PLACES=places,
-            GROUPS=groups_per_program,
-            LONG=weight.numel() >= _LONG,
-            num_warps=1,
-            enable_fp_fusion=False,  # the formula rounds the product, then the sum
-        )
+        kernel[grid](*inputs, control, out, groups, inner, **compiled_for, **OPTIONS)
