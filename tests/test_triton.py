@@ -73,12 +73,13 @@ def check_gradient(
     control = make_control(lambda_w, n, weight.device)
     wanted = _backward_eager(grad, weight, control, m, dim, ABI)
     equal(triton.gradient(grad, weight, control, m, dim), wanted, payloads=False)
-    in_place = torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=DEVICE)
-    in_place.copy_(grad)
-    place = in_place.data_ptr()
+    # Two of the strides of `grad`, which `empty_like` would close the gaps of.
+    in_place, decayed = (
+        torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=DEVICE).copy_(x)
+        for x in (grad, wanted)
+    )
     assert triton.decay_(in_place, weight, control, m, dim) is None
-    equal(in_place, torch.empty_like(in_place).copy_(wanted), payloads=False)
-    assert in_place.data_ptr() == place
+    equal(in_place, decayed, payloads=False)
 
 
 def gradient_for(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,11 +95,19 @@ def test_triton_equals_the_formula_for_ties_nan_and_inf(
     dtype: torch.dtype, m: int, layout: str
 ) -> None:
     weight = lay_out(awkward(dtype, m)[:2, : 2 * m].reshape(2, 2 * m, 2, 1), layout).to(DEVICE)
-    for n in sorted({1, (m + 1) // 2, m}):
+    turn = LAYOUTS.index(layout)
+    ns = sorted({1, (m + 1) // 2, m})
+    # Large groups are slow in the interpreter: their Ns take turns over the layouts.
+    for n in ns if m < 32 else [ns[turn % len(ns)]]:
         check_project(weight, n, m, 1, None)
-    n = 1 + LAYOUTS.index(layout) * (m - 1) // 3
-    check_gradient(gradient_for(weight, dtype), weight, n, m, 1)
-    check_project(weight, n, m, 1, NARROWER[dtype][m % len(NARROWER[dtype])])
+    n = 1 + turn * (m - 1) // 3
+    if turn % 2 == DTYPES.index(dtype) % 2:
+        check_project(weight, n, m, 1, NARROWER[dtype][m % len(NARROWER[dtype])])
+    else:
+        control = make_control(0.3, n, DEVICE)
+        grad = gradient_for(weight, dtype)
+        wanted = _backward_eager(grad, weight, control, m, 1, ABI)
+        equal(triton.gradient(grad, weight, control, m, 1), wanted, payloads=False)
 
 
 @settings(max_examples=25)
