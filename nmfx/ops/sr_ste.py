@@ -13,7 +13,8 @@ The backward finds the mask again from the weight, which is there anyway: nothin
 
 What each layer of torch sees:
 
-    eager              one autograd node; native kernels on CPU, else plain torch (kernels/rank.py)
+    eager              one autograd node; native kernels on CPU, Triton's on GPUs (ops/cuda.py),
+                       else plain torch (kernels/rank.py)
     fx, Dynamo, export one node nmfx::sr_ste
     AOTAutograd        on CPU the ops, as the native kernels outrun what Inductor generates; on
                        other devices the pointwise formulas in their place, which Inductor fuses
