@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import MEASURED, NOTES, SKIPPED, get_path, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, get_path, iter_sites, packed_names
 from .errors import NMError
+from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
 from .pattern import Pattern
 
@@ -165,7 +166,17 @@ def report(model: nn.Module) -> Report:
     notes = list(model.__dict__.get(NOTES, ()))
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
-    return Report(rows, tuple(notes))
+    return Report(rows, (*notes, *_plain_masks(model)))
+
+
+def _plain_masks(model: nn.Module) -> list[str]:
+    sparse = [ref for ref in iter_sites(model) if ref.site.state == "sparse"]
+    reasons = Counter(why_plain(ref.parameter, ref.site.pattern.m) for ref in sparse)
+    return [
+        f"masks come from plain torch, many times slower than a kernel (layers: {count}): {reason}"
+        for reason, count in reasons.items()
+        if reason is not None
+    ]
 
 
 def _row(candidate: Candidate) -> Row:

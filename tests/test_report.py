@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 import nmfx
+from nmfx.kernels import cpu
 from nmfx.kernels.cpu import status
 from nmfx.pattern import Pattern
 from nmfx.report import Report, Row
@@ -272,3 +273,17 @@ def test_a_report_survives_folding_and_sparsifying_again(state: str) -> None:
     folded = nmfx.report(nmfx.fold(model))
     assert {row.state for row in folded} == {"dense"}
     assert {row.reason for row in folded} == {"not sparsified"}
+
+
+def test_masks_without_kernels_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), {"*": "2:4"})
+    note = "masks come from plain torch, many times slower than a kernel (layers: 2): not built"
+    if cpu.isa() is not None:
+        assert nmfx.report(model).notes == ()
+    monkeypatch.setattr(cpu, "_library", None)
+    monkeypatch.setattr(cpu, "_missing", "not built")
+    assert nmfx.report(model).notes == (note,)
+    assert str(nmfx.report(model)).endswith(note)
+    with torch.device("meta"):
+        meta = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    assert nmfx.report(nmfx.sparsify(meta, {"*": "2:4"})).notes == ()

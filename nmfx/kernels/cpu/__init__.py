@@ -84,9 +84,13 @@ def use_isa(name: str) -> None:
         raise NMError(f"{name} cannot be used here; available: {', '.join(available()) or 'none'}")
 
 
+def why_not() -> str | None:
+    """Why there are no native kernels, or None if there are."""
+    return _missing if _library is None else None
+
+
 def status() -> str:
     """One line for reports: which kernels packed layers run on CPU, and why."""
-    name = isa()
-    if name is None:
-        return f"packed layers run in plain torch, slower than dense: {_missing}"
-    return f"packed layers run native {name} kernels"
+    if reason := why_not():
+        return f"packed layers run in plain torch, slower than dense: {reason}"
+    return f"packed layers run native {isa()} kernels"
