@@ -19,8 +19,10 @@ import nmfx
 from nmfx.__main__ import main
 from nmfx.demo import digits, figure, table
 from nmfx.demo.command import add_options, make_plan
-from nmfx.demo.study import Plan, Row, Study
-from nmfx.demo.training import FLIPS_EVERY, Packed, Result, Run, train
+from nmfx.demo.meter import FLIPS_EVERY, Packed
+from nmfx.demo.rows import Row, spread
+from nmfx.demo.study import Plan, Study
+from nmfx.demo.training import Result, Run, train
 
 METHODS = ["dense", "2:4 STE", "2:4 SR-STE", "1:16 STE", "1:16 SR-STE"]
 
@@ -72,7 +74,7 @@ def test_missing_extra_is_one_line_and_status_2(module, monkeypatch, capsys):
         (["demo", "--seeds", "two"], "'two' is not a whole number"),
         (["demo", "--seed-base", "-1"], "'-1' is not a whole number of at least 0"),
         (["demo", "--steps", "5"], f"at least {FLIPS_EVERY}"),
-        (["demo", "--task", "lm"], "invalid choice: 'lm'"),
+        (["demo", "--task", "chess"], "invalid choice: 'chess'"),
         (["demo", "--out", "picture.txt"], "--out picture.txt: the suffix is not one of"),
         (["demo", "--out", "no_such_folder/a.png"], "no_such_folder does not exist"),
     ],
@@ -257,7 +259,7 @@ def test_packed_difference_is_the_worst_seed():
 
 
 def test_spread_of_one_value_claims_no_deviation():
-    assert table.spread([1.5]) == "1.50"
+    assert spread([1.5]) == "1.50"
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -10,12 +10,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from .arguments import natural, positive, steps
+from .lm import options as lm_options
+from .lm.study import reports as lm_reports
+from .lm.study import run_study as run_lm_study
+from .lm.table import print_study as print_lm_study
 from .study import Plan, run_study
 from .table import print_study
-from .training import FLIPS_EVERY
 
 # Import name -> distribution, of what the extra `nmfx-torch[demo]` adds to nmfx.
-EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+EXTRA = {
+    "digits": {"sklearn": "scikit-learn", "matplotlib": "matplotlib"},
+    "lm": {"matplotlib": "matplotlib"},
+}
 
 # Mean validation accuracy in %, seeds 3 and 4; beyond the grid both patterns get worse:
 #             3e-4   1e-3   3e-3   1e-2   3e-2
@@ -27,22 +34,27 @@ MAX_WORKERS = 8  # the 15 runs before the tuned ones keep 8 busy for two rounds;
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command and `run`, the function to call with what was parsed."""
-    parser.add_argument("--task", choices=["digits"], default="digits", help="what to train on")
-    parser.add_argument("--seeds", type=_positive, help="how many seeds to show (default: 3)")
-    parser.add_argument("--seed-base", type=_natural, default=0, help="the first one (default: 0)")
-    parser.add_argument("--steps", type=_steps, help="steps of each run (default: 3000)")
+    parser.add_argument("--task", choices=list(EXTRA), default="digits", help="what to train on")
+    parser.add_argument("--seeds", type=positive, help="how many seeds to show (default: 3)")
+    parser.add_argument("--seed-base", type=natural, default=0, help="the first one (default: 0)")
+    parser.add_argument(
+        "--steps",
+        type=steps,
+        help=f"steps of each run (default: 3000; lm: {lm_options.STEPS[0]})",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("nmfx_demo.png"), help="picture (default: nmfx_demo.png)"
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=min(MAX_WORKERS, torch.get_num_threads()),
         help=f"processes to train in (default: one per core, at most {MAX_WORKERS})",
     )
     parser.add_argument(
         "--quick", action="store_true", help="seconds, not minutes; the numbers mean nothing then"
     )
+    lm_options.add_options(parser)
     parser.set_defaults(run=partial(run, parser))
 
 
@@ -52,24 +64,43 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     Raises:
         SystemExit: status 2 and one line on stderr, if something that it needs is missing.
     """
-    missing = [name for module, name in EXTRA.items() if find_spec(module) is None]
+    missing = [name for module, name in EXTRA[options.task].items() if find_spec(module) is None]
     if missing:
         parser.error(f"needs {' and '.join(missing)}: install the extra nmfx-torch[demo]")
 
-    from .figure import check_path, draw  # imports matplotlib
+    from .drawing import check_path  # imports matplotlib
 
     problem = check_path(options.out)  # now, not after two minutes
     if problem:
         parser.error(f"--out {options.out}: {problem}")
-    study = run_study(make_plan(options))
+    misplaced = lm_options.given(options)
+    if misplaced and options.task != "lm":
+        parser.error(f"{misplaced[0]} is for --task lm")
     console = Console(highlight=False)
-    print_study(study, console)
-    draw(study, options.out)
+    {"digits": _digits, "lm": _lm}[options.task](options, console)
     console.print(f"picture: {options.out}", soft_wrap=True)
 
 
+def _digits(options: argparse.Namespace, console: Console) -> None:
+    from .figure import draw
+
+    study = run_study(make_plan(options))
+    print_study(study, console)
+    draw(study, options.out)
+
+
+def _lm(options: argparse.Namespace, console: Console) -> None:
+    from .lm.figure import draw
+
+    plan = lm_options.make_plan(options)
+    console.print(*lm_reports(plan), sep="\n\n", end="\n\n", soft_wrap=True, markup=False)
+    study = run_lm_study(plan)
+    print_lm_study(study, console)
+    draw(study, options.out)
+
+
 def make_plan(options: argparse.Namespace) -> Plan:
-    """The study that the options ask for; explicit numbers win over `--quick`."""
+    """The digits study that the options ask for; explicit numbers win over `--quick`."""
     quick = options.quick
     return Plan(
         seeds=options.seeds or (2 if quick else 3),
@@ -79,25 +110,3 @@ def make_plan(options: argparse.Namespace) -> Plan:
         selection_seeds=1,
         workers=options.workers,
     )
-
-
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _steps(text: str) -> int:
-    return _at_least(text, FLIPS_EVERY)  # fewer would measure no flips
-
-
-def _natural(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return number

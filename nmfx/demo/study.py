@@ -1,24 +1,18 @@
-"""Which runs the demo makes, how it chooses lambda_W, and how it uses several cores."""
+"""Which runs the digits task makes, and how it chooses lambda_W."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
 from tqdm import tqdm
 
+from .rows import Method, Row
 from .training import Result, Run, train
+from .workers import train_all, workers
 
 PATTERNS = ("2:4", "1:16")
 
-# lambda_W = 0 is STE; a method is (pattern or None for dense, lambda_W).
-Method = tuple[str | None, float]
 BASELINES: list[Method] = [(None, 0.0), *((pattern, 0.0) for pattern in PATTERNS)]
 
 
@@ -58,21 +52,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method; `results[i]` belongs to the i-th shown seed."""
-
-    pattern: str | None
-    lambda_w: float
-    results: list[Result]
-
-    @property
-    def name(self) -> str:
-        if not self.pattern:
-            return "dense"
-        return f"{self.pattern} {'SR-STE' if self.lambda_w else 'STE'}"
-
-
-@dataclass(frozen=True)
 class Study:
     """What came out.
 
@@ -84,7 +63,7 @@ class Study:
     """
 
     plan: Plan
-    rows: list[Row]
+    rows: list[Row[Result]]
     validation: dict[Method, float]
 
 
@@ -98,8 +77,8 @@ def run_study(plan: Plan) -> Study:
     runs = [run for method in candidates for run in plan.selection_runs(method)]
     runs += [run for method in BASELINES for run in plan.shown_runs(method)]
     total = len(runs) + len(PATTERNS) * plan.seeds
-    with tqdm(total=total, unit="run", desc="training") as bar, _workers(plan.workers) as pool:
-        done = _train_all(runs, pool, bar)
+    with tqdm(total=total, unit="run", desc="training") as bar, workers(plan.workers) as pool:
+        done = train_all(train, runs, pool, bar)
         validation = {
             method: fmean(done[run].final_accuracy for run in plan.selection_runs(method))
             for method in candidates
@@ -109,37 +88,7 @@ def run_study(plan: Plan) -> Study:
             best = max(plan.grid, key=lambda value: validation[pattern, value])
             methods += [(pattern, 0.0), (pattern, best)]
         chosen = [method for method in methods if method not in BASELINES]
-        done |= _train_all([run for method in chosen for run in plan.shown_runs(method)], pool, bar)
+        runs = [run for method in chosen for run in plan.shown_runs(method)]
+        done |= train_all(train, runs, pool, bar)
     rows = [Row(*method, [done[run] for run in plan.shown_runs(method)]) for method in methods]
     return Study(plan, rows, validation)
-
-
-def _train_all(runs: list[Run], pool: Executor, bar: tqdm) -> dict[Run, Result]:
-    done = {}
-    for future in as_completed([pool.submit(train, run) for run in runs]):
-        result = future.result()
-        done[result.run] = result
-        bar.update()
-    return done
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[Executor]:
-    """A pool of `count` fresh processes that Ctrl-C, or any error, ends at once."""
-    # spawn: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
-    others = set(multiprocessing.active_children())
-    try:
-        yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    torch.set_num_threads(1)

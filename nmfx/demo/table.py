@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
-from .study import PATTERNS, Row, Study
-from .training import FLIPS_EVERY
+from .meter import FLIPS_EVERY
+from .rows import Row, seeds_text, spread
+from .study import PATTERNS, Study
+from .training import Result
 
 
 def print_study(study: Study, console: Console) -> None:
@@ -33,7 +34,7 @@ def make_table(study: Study) -> Table:
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row[Result]) -> list[str]:
     accuracy = spread([result.final_accuracy for result in row.results])
     density = f"{100 * fmean(result.density for result in row.results):.2f} %"
     if not row.pattern:
@@ -47,7 +48,7 @@ def legend(study: Study) -> list[str]:
     """What the columns are."""
     return [
         "accuracy  on augmented test images, mean +- standard deviation over "
-        + _seeds(study.plan.shown),
+        + seeds_text(study.plan.shown),
         f"flips     share of mask entries changed by one step, mean over each {FLIPS_EVERY}th step",
         "SAD       share of mask entries that differ between the first and the last step",
         "          Fewer flips alone do not make a model better: compare the accuracies.",
@@ -56,7 +57,7 @@ def legend(study: Study) -> list[str]:
 
 def selection_lines(study: Study) -> list[str]:
     """How lambda_W was chosen, one line per pattern, with the accuracies it was chosen by."""
-    seeds = _seeds(study.plan.selection)
+    seeds = seeds_text(study.plan.selection)
     lines = [f"lambda_W was chosen by accuracy on validation images, {seeds}, not shown above:"]
     for pattern in PATTERNS:
         tried = (
@@ -92,13 +93,3 @@ def packed_lines(study: Study) -> list[str]:
                 f"bytes of the state dict {folded:,} -> {lowered:,}"
             )
     return lines
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean +- sample standard deviation; the mean alone of one value."""
-    mean = format(fmean(values), form)
-    return f"{mean} +- {stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def _seeds(seeds: range) -> str:
-    return f"seeds {seeds[0]}..{seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"

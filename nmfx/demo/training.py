@@ -5,22 +5,19 @@ Everything else about nmfx in this file measures. All numbers of the demo come f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import nmfx
 
-from ..metrics import density
 from .digits import augment, held_out, load, make_model
+from .meter import Meter, Packed, rate
 
 BATCH = 64
 WARM_UP = 100  # steps
-EVALUATIONS = 20  # points of the accuracy curve
-FLIPS_EVERY = 20  # steps; comparing the masks around every single step would double the time
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,6 @@ class Result:
         return self.accuracy[-1][1]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The lowered model against the folded one: largest output difference, bytes of both."""
-
-    max_difference: float
-    folded_bytes: int
-    lowered_bytes: int
-
-
 def train(run: Run) -> Result:
     """Trains one model and measures it; the same run gives the same result on the same machine."""
     model = make_model(run.seed)
@@ -78,10 +66,12 @@ def train(run: Run) -> Result:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, run.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate(step, run.steps, WARM_UP)
+    )
     generator = torch.Generator().manual_seed(run.seed)
     images, digits = load("train")
-    meter = _Meter(model, run)
+    meter = Meter(model, bool(run.pattern), run.steps, lambda: evaluate(model, run.split))
     for step in range(1, run.steps + 1):
         batch = torch.randint(len(images), (BATCH,), generator=generator)
         logits = model(augment(images[batch], generator))
@@ -92,46 +82,9 @@ def train(run: Run) -> Result:
         optimizer.step()
         schedule.step()
         meter.after_update(step)
-    return meter.result()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Cosine to zero with a linear warm-up; a factor on the learning rate."""
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class _Meter:
-    """Collects a `Result` while a model trains."""
-
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model, self.run = model, run
-        self.accuracy: list[tuple[int, float]] = []
-        self.flips: list[tuple[int, float]] = []
-        self.evaluate_every = max(FLIPS_EVERY, run.steps // EVALUATIONS)
-        self.first = self._masks()
-        self.before = self.first
-
-    def before_update(self, step: int) -> None:
-        if self.first and step % FLIPS_EVERY == 0:
-            self.before = self._masks()
-
-    def after_update(self, step: int) -> None:
-        if self.first and step % FLIPS_EVERY == 0:
-            self.flips.append((step, nmfx.sad(self.before, self._masks()).per_weight))
-        if step % self.evaluate_every == 0 or step == self.run.steps:
-            self.accuracy.append((step, evaluate(self.model, self.run.split)))
-
-    def result(self) -> Result:
-        if not self.first:
-            return Result(self.run, self.accuracy, [], sad=0.0, density=1.0, packed=None)
-        moved = nmfx.sad(self.first, self._masks()).per_weight
-        folded = nmfx.fold(self.model.eval())
-        weights = torch.cat([folded.get_parameter(name).flatten() for name in self.first])
-        packed = pack_and_check(self.model, folded, held_out(self.run.split)[0])
-        return Result(self.run, self.accuracy, self.flips, moved, density(weights), packed)
-
-    def _masks(self) -> dict[str, Tensor]:
-        return nmfx.masks(self.model) if self.run.pattern else {}
+    sad = meter.moved()
+    density, packed = meter.density_and_packing(held_out(run.split)[0])
+    return Result(run, meter.curve, meter.flips, sad, density, packed)
 
 
 @torch.no_grad()
@@ -141,16 +94,3 @@ def evaluate(model: nn.Module, split: str) -> float:
     correct = model.eval()(inputs).argmax(1) == digits
     model.train()
     return 100 * correct.float().mean().item()
-
-
-@torch.no_grad()
-def pack_and_check(model: nn.Module, folded: nn.Module, inputs: Tensor) -> Packed:
-    """Lowers a sparsified model in eval mode and compares it with the folded one on `inputs`."""
-    # The table shows what packing saves, on any machine; layers this small are rarely faster.
-    lowered = nmfx.lower(model, (inputs,), tune=False)
-    difference = (lowered(inputs) - folded(inputs)).abs().max().item()
-    return Packed(difference, _state_bytes(folded), _state_bytes(lowered))
-
-
-def _state_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
