@@ -27,10 +27,9 @@ def title(plan: Plan) -> str:
     setup = plan.setup
     model = make_model(setup.width, setup.layers, setup.heads, setup.context, 0)
     count = sum(parameter.numel() for parameter in model.parameters())
-    seen = setup.steps * setup.batch * setup.context
     return (
-        f"byte GPT, width {setup.width}, {setup.layers} layers, {count / 1e6:.2f} M parameters, "
-        f"{setup.steps} steps, {seen / 1e6:.2f} MB seen, {plan.seeds} seeds"
+        f"byte GPT {setup.layers} x {setup.width}, {count / 1e6:.2f} M parameters; {setup.steps} steps "
+        f"of {setup.batch * setup.context} bytes; {plan.seeds} seed{'s' * (plan.seeds > 1)}"
     )
 
 

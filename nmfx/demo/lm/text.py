@@ -7,6 +7,7 @@ texts: results compare within one.
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -27,15 +28,12 @@ FINAL_WINDOWS = 1024
 
 def files(folder: Path) -> list[Path]:
     """The source files under `folder`, relative to it, sorted."""
-    found = (path.relative_to(folder) for path in folder.rglob("*.py") if path.is_file())
-    return sorted(
-        (
-            path
-            for path in found
-            if LEFT_OUT.isdisjoint(path.parts[:-1]) and not path.name.startswith(GENERATED)
-        ),
-        key=lambda path: path.parts,
-    )
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # not entered at all
+        sources = (name for name in names if name.endswith(".py") and not name.startswith(GENERATED))
+        found += [Path(place, name).relative_to(folder) for name in sources]
+    return sorted(found, key=lambda path: path.parts)
 
 
 def is_held_out(path: Path) -> bool:

@@ -21,7 +21,7 @@ from ..meter import Meter, Packed, rate
 from .model import GPT, make_model
 from .text import CURVE_WINDOWS, FINAL_WINDOWS, draw, held_out
 
-WARM_UP = 50  # steps
+WARM_UP = 1 / 20  # share of the steps
 WEIGHT_DECAY = 0.1  # of the blocks' matrices, as in GPT-3; norms, biases, embeddings, head: none
 BETAS = (0.9, 0.95)  # as in GPT-3
 CLIP = 1.0  # gradient norm, as in GPT-3
@@ -95,8 +95,9 @@ def train(run: Run) -> Result:
     setup = run.setup
     model, optimizer = prepare(run)
     forward = _compile(model) if setup.compiled else model
+    warm_up = round(WARM_UP * setup.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate(step, setup.steps, WARM_UP)
+        optimizer, lambda step: rate(step, setup.steps, warm_up)
     )
     generator = torch.Generator().manual_seed(run.seed)
     meter = Meter(
