@@ -28,7 +28,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "decay": (STEP, STEP),
     "no_compile": (False, False),
 }
-SEEDS, STEPS = (3, 2), (1000, 40)
+SEEDS, STEPS = (3, 2), (800, 40)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
