@@ -27,9 +27,10 @@ def title(plan: Plan) -> str:
     setup = plan.setup
     model = make_model(setup.width, setup.layers, setup.heads, setup.context, 0)
     count = sum(parameter.numel() for parameter in model.parameters())
+    seeds = f"{plan.seeds} seeds" if plan.seeds > 1 else "1 seed"
     return (
-        f"byte GPT {setup.layers} x {setup.width}, {count / 1e6:.2f} M parameters; {setup.steps} steps "
-        f"of {setup.batch * setup.context} bytes; {plan.seeds} seed{'s' * (plan.seeds > 1)}"
+        f"byte GPT {setup.layers} x {setup.width}, {count / 1e6:.2f} M parameters; "
+        f"{setup.steps} steps of {setup.batch * setup.context} bytes; {seeds}"
     )
 
 

@@ -31,9 +31,12 @@ def files(folder: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in LEFT_OUT]  # not entered at all
-        sources = (name for name in names if name.endswith(".py") and not name.startswith(GENERATED))
-        found += [Path(place, name).relative_to(folder) for name in sources]
+        found += [Path(place, name).relative_to(folder) for name in names if _is_source(name)]
     return sorted(found, key=lambda path: path.parts)
+
+
+def _is_source(name: str) -> bool:
+    return name.endswith(".py") and not name.startswith(GENERATED)
 
 
 def is_held_out(path: Path) -> bool:
