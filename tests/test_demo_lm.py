@@ -101,12 +101,15 @@ def test_missing_compiler_is_one_line_and_status_2(monkeypatch, capsys):
     assert not plan_of("--no-compile").setup.compiled
 
 
-def test_python_without_source_is_one_line(monkeypatch, tmp_path):
+def test_python_without_source_is_one_line_and_status_2(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     text.load.cache_clear()
-    with pytest.raises(FileNotFoundError, match="trains on Python's own source"):
-        text.load("train")
-    text.load.cache_clear()
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--task", "lm", "--quick", "--no-compile"])
+    assert exit.value.code == 2, exit.value.code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "trains on Python's own source" in error, error
 
 
 def test_explicit_options_win_over_quick():
@@ -300,6 +303,7 @@ def made_up_study() -> Study:
 
 def test_lm_table_shows_means_spreads_and_speed_in_80_columns():
     console = Console(width=80, record=True, file=io.StringIO())
+    assert len(table.title(plan_of("--no-compile"))) < 76, "one line above the table"
     console.print(table.make_table(made_up_study()))
     output = console.export_text()
     for words in ("3.100 +- 0.141", "3.300 +- 0.071", "1.00e-03", "0.125", "16.0", "62.5"):

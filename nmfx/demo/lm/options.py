@@ -12,6 +12,7 @@ import nmfx
 
 from .. import arguments
 from .study import Plan
+from .text import load
 from .training import BACKWARD, STEP, Setup
 
 # What an option is where it is not given: in a study, and with --quick.
@@ -82,6 +83,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
     Raises:
         NMError: heads that do not divide the width, or no C++ compiler for `torch.compile`.
+        FileNotFoundError: this Python has no source to train on.
     """
     quick = int(options.quick)
     value = {
@@ -94,6 +96,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         )
     if not value["no_compile"]:
         check_compiler()
+    for split in ("train", "held out"):
+        load(split)  # a Python without source is found out now, not in a worker
     setup = Setup(
         steps=options.steps or STEPS[quick],
         batch=value["batch"],
