@@ -57,7 +57,7 @@ def test_quick_lm_demo_prints_report_and_table_and_draws_the_picture(tmp_path):
     first_cells = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
     assert first_cells == ["dense", "2:4 STE", "2:4 SR-STE"], done.stdout
     assert "the output layer stays dense by default" in done.stdout, done.stdout
-    assert "lambda_w=0.0002, once per optimizer step" in done.stdout, done.stdout
+    assert "lambda_w=0.02, once per optimizer step" in done.stdout, done.stdout
     assert "3/3" in done.stderr, f"no finished progress bar: {done.stderr}"
     assert "Warning" not in done.stderr, done.stderr
     assert imread(tmp_path / "nmfx_demo.png").shape[0] > 400
