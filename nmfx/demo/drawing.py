@@ -63,7 +63,8 @@ def two_panels(lines: Sequence[Line], title: str, quality_title: str, quality_un
         xlabel="step",
         ylabel="share of weights flipped by one step",
     )
-    flips.set_yscale("log", nonpositive="mask")  # at the very end no mask may flip at all
+    if any(share > 0 for line in lines for curve in line.flips for _, share in curve):
+        flips.set_yscale("log", nonpositive="mask")  # at the very end no mask may flip at all
     for axes in (quality, flips):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
