@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import MEASURED, NOTES, SKIPPED, get_path, iter_sites, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, get_path, packed_names
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -162,16 +162,20 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
-    rows = tuple(_row(candidate) for candidate in find_candidates(model))
+    candidates = list(find_candidates(model))
+    rows = tuple(_row(candidate) for candidate in candidates)
     notes = list(model.__dict__.get(NOTES, ()))
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
-    return Report(rows, (*notes, *_plain_masks(model)))
+    return Report(rows, (*notes, *_plain_masks(candidates)))
 
 
-def _plain_masks(model: nn.Module) -> list[str]:
-    sparse = [ref for ref in iter_sites(model) if ref.site.state == "sparse"]
-    reasons = Counter(why_plain(ref.parameter, ref.site.pattern.m) for ref in sparse)
+def _plain_masks(candidates: list[Candidate]) -> list[str]:
+    reasons = Counter(
+        why_plain(get_path(candidate.host, candidate.path), candidate.site.pattern.m)
+        for candidate in candidates
+        if candidate.site is not None and candidate.site.state == "sparse"
+    )
     return [
         f"masks come from plain torch, many times slower than a kernel (layers: {count}): {reason}"
         for reason, count in reasons.items()

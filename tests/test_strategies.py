@@ -100,7 +100,7 @@ def traits(case: Case) -> set[str]:
         ("offset", 0.1),
         ("odd size", 0.3),
         ("several groups", 0.3),
-        ("inner dim", 0.05),
+        ("inner dim", 0.02),
         ("n == m", 0.1),
         ("m > 16", 0.1),
         ("m is odd", 0.2),
