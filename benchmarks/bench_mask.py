@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import types
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,7 @@ from harness import header, write_result
 from mask_peers import PEERS
 from timing import Timing, interleave
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 import nmfx
 from nmfx.ops import compiled as compiled_ops
@@ -207,20 +209,36 @@ def small(args: argparse.Namespace) -> str:
 
 def inductor(args: argparse.Namespace) -> str:
     """Under torch.compile: the formula that Inductor fuses, against the kernels it may call."""
-    weight, buffer = weight_of(args), weight_of(args)
-    calls: dict[str, Call] = {"copy": lambda: buffer.copy_(weight)}
+    weight, grad, buffer = (weight_of(args) for _ in range(3))
+    copy: dict[str, Call] = {"copy": lambda: buffer.copy_(weight)}
+    add: dict[str, Call] = {"three streams": lambda: torch.add(grad, weight, out=buffer)}
     chosen = compiled_ops._outruns_inductor
     for n, m in ((2, 4), (4, 8), (1, 16)):
         control = op.make_control(2e-4, n)
+
+        def forward(m: int = m, control: Tensor = control) -> Tensor:
+            return op.sr_ste(weight, control, m, 1)
+
+        def backward(m: int = m, control: Tensor = control) -> Tensor:
+            return torch.ops.nmfx.sr_ste_backward(grad, weight, control, m, 1, op.ABI)
+
         for name, choice in (("formula", lambda w: False), ("kernels", chosen)):
-            compiled_ops._outruns_inductor = choice
-            torch.compiler.reset()
-            call = torch.compile(lambda m=m, c=control: op.sr_ste(weight, c, m, 1), fullgraph=True)
-            with torch._inductor.utils.fresh_cache(), torch.no_grad():
-                call()
-            calls[f"{n}:{m} {name}"] = call
+            for calls, function in ((copy, forward), (add, backward)):
+                compiled_ops._outruns_inductor = choice
+                # Two of a code object would share what was compiled first.
+                call = torch.compile(own_code(function, f"{name}_{m}"), fullgraph=True)
+                with fresh_cache(), torch.no_grad():
+                    call()
+                calls[f"{n}:{m} {function.__name__}, {name}"] = call
     compiled_ops._outruns_inductor = chosen
-    return passes(run(args, calls), "copy")
+    return blank([passes(run(args, copy), "copy"), passes(run(args, add), "three streams")])
+
+
+def own_code(function: Call, name: str) -> Call:
+    """The same function with a code object of its own."""
+    code = function.__code__.replace(co_name=name)
+    parts = (function.__globals__, name, function.__defaults__, function.__closure__)
+    return types.FunctionType(code, *parts)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,11 @@ KERNELS = [
     *("-ffp-contract=fast", "-falign-loops=32"),
     *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
 ]
-# Without them: gradients are those of torch, bit for bit.
-MASKS = ["-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-Wno-psabi"]
+# Without them: gradients are those of torch, bit for bit. Nobody asks which exceptions were raised.
+MASKS = [
+    *("-ffp-contract=off", "-fno-trapping-math"),
+    *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
 FLAGS: dict[str, list[str]] = {

@@ -68,7 +68,9 @@ void gradient(const void* weight, const void* grad, const K* mask, void* out, F 
   NMFX_SAME_PLACE for (int64_t i = 0; i < count; i++) {
     const Bits<W> plain = W == G ? Bits<W>(g[i]) : narrowed<W>(widened<G>(g[i]));
     const Bits<W> decayed = narrowed<W>(widened<G>(g[i]) + lambda * widened<W>(w[i]));
-    o[i] = mask[i] ? plain : decayed;
+    // Not a choice: compilers sink the arithmetic into one, and then make no vectors of it.
+    const Bits<W> keep = Bits<W>(mask[i]);
+    o[i] = Bits<W>((plain & keep) | (decayed & Bits<W>(~keep)));
   }
 }
 
