@@ -222,7 +222,7 @@ def inductor(args: argparse.Namespace) -> str:
         def backward(m: int = m, control: Tensor = control) -> Tensor:
             return torch.ops.nmfx.sr_ste_backward(grad, weight, control, m, 1, op.ABI)
 
-        for name, choice in (("formula", lambda w: False), ("kernels", chosen)):
+        for name, choice in (("formula", lambda weight, m: False), ("kernels", chosen)):
             for calls, function in ((copy, forward), (add, backward)):
                 compiled_ops._outruns_inductor = choice
                 # Two of a code object would share what was compiled first.

@@ -25,7 +25,7 @@ import torch
 from harness import header, write_result
 from timing import interleave
 from torch import Tensor, nn
-from train_models import MODELS
+from train_models import CPU_MODELS
 
 import nmfx
 
@@ -36,7 +36,7 @@ WAYS = ("dense", "nmfx")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(CPU_MODELS), choices=CPU_MODELS)
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="tiny models: does it run?")
@@ -75,7 +75,7 @@ def steps(args: argparse.Namespace) -> str:
 def step_of(name: str, mode: str, way: str, quick: bool) -> Step:
     """A training step of a new model."""
     torch.manual_seed(0)
-    model, inputs, loss_of, optimizer_of = MODELS[name](quick)
+    model, inputs, loss_of, optimizer_of = CPU_MODELS[name](quick)
     if way == "nmfx":
         nmfx.sparsify(model, "2:4")
     optimizer = optimizer_of(model.parameters())

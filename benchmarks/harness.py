@@ -15,7 +15,7 @@ import torch
 import nmfx
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("onnxruntime", "openvino", "deepsparse", "transformers")
+PEERS = ("onnxruntime", "openvino", "deepsparse", "transformers", "triton")
 
 
 def cpu_name() -> str:

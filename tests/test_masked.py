@@ -131,6 +131,18 @@ def test_values_and_gradients_are_those_of_two_nodes(name: str) -> None:
         assert_same(outputs(as_one(layer), tensors), outputs(as_two(layer), tensors))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["sr_ste", "frozen"])
+def test_every_bit_of_a_transposed_input_is_that_of_two_nodes(bias: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    layer = linear(5, 8, bias=bias)
+    _, *rest = operands(layer, torch.float32)
+    side = nm_mask(rest[0].detach(), "2:4", layer.dim) if frozen else CONTROL
+    for width in range(2, 20):  # one product or several: some widths round differently
+        x = torch.randn(2, 8, width).transpose(1, 2)
+        assert torch.equal(as_one(layer, side)(x, *rest), as_two(layer, side)(x, *rest))
+
+
 @each_layer
 def test_a_fixed_mask_too(name: str) -> None:
     layer, tensors = LAYERS[name], operands(LAYERS[name])

@@ -138,7 +138,7 @@ def test_export_sees_one_node_per_weight_and_runs(name: str) -> None:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What compiled code does for a mask: call the native kernels, or compute the formula."""
     if request.param == "formula":
-        monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight: False)
+        monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight, m: False)
     with fresh_cache():  # the cache on disk knows graphs by what they were before the choice
         yield request.param
 
@@ -191,7 +191,7 @@ def layouts_of_weights() -> dict[str, tuple[Tensor, int]]:
 def test_the_formula_is_one_loop_forward_and_one_backward(
     layout: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight: False)
+    monkeypatch.setattr(compiled_ops, "_outruns_inductor", lambda weight, m: False)
     (weight, dim), parsed = layouts_of_weights()[layout], nmfx.Pattern.parse(pattern)
     weight = weight.detach().requires_grad_()
     control, grad = make_control(0.25, parsed.n), torch.randn(weight.shape)

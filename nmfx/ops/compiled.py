@@ -8,21 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import cpu
+from ..kernels import cpu, triton
 from .sr_ste import backward_pointwise, forward_pointwise
+
+# On GPUs Inductor's loop is as fast for shorter groups, and fuses with its neighbours.
+GPU_KERNELS_FROM_M = 16
 
 # One recomputation region for all weights (torch counts its own from 0): with one for each, the
 # constants that several weights share would be saved as a boundary between regions.
 _REGION = 1 << 20
 
 
-def _outruns_inductor(weight: Tensor) -> bool:
-    """Whether the native kernels are there for this weight.
+def _outruns_inductor(weight: Tensor, m: int) -> bool:
+    """Whether our kernels are there for this weight and beat the loop that Inductor makes.
 
-    Inductor's loop counts ranks by comparing all pairs of a group, and pays M - 1 passes for it
-    where the kernels pay about one (benchmarks/results/mask_*.md).
+    That loop counts ranks by comparing all pairs of a group: it pays M - 1 passes where the native
+    kernels of the CPU pay about one (benchmarks/results/mask_*.md).
     """
-    return weight.device.type == "cpu" and cpu.isa() is not None
+    if weight.device.type == "cpu":
+        return cpu.isa() is not None
+    return m >= GPU_KERNELS_FROM_M and triton.why_not(weight, m) is None
 
 
 def _install() -> str | None:
@@ -52,7 +57,7 @@ def _install() -> str | None:
                 meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 meta["ac_graph_id"] = _REGION
             try:
-                if _outruns_inductor(args[weight_position]):
+                if _outruns_inductor(args[weight_position], args[weight_position + 2]):
                     return mode.__torch_dispatch__(op, types, args, kwargs)
                 with mode:
                     return formula(*args, **kwargs)

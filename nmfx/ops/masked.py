@@ -80,6 +80,24 @@ def _mask(weight: Tensor, side: Tensor, m: int, dim: int) -> Tensor:
     return keep(weight, side) if side.dtype is torch.bool else sr_ste(weight, side, m, dim)
 
 
+def _compiled_mask(weight: Tensor, side: Tensor, m: int, dim: int) -> Tensor:
+    """The masked weight as a node of a compiled graph, in the dtype that autocast would ask for.
+
+    So a kernel that the graph calls writes it in that dtype, and its gradient is read as it comes:
+    the float32 of neither is ever in memory.
+    """
+    device = weight.device.type
+    if (
+        side.dtype is torch.bool
+        or weight.dtype is not torch.float32
+        or torch.compiler.is_exporting()  # the user's to see: as in eager, two nodes
+        or not torch.is_autocast_enabled(device)
+    ):
+        return _mask(weight, side, m, dim)
+    dtype = torch.get_autocast_dtype(device)
+    return torch.ops.nmfx.sr_ste.default(weight, side, m, dim, ABI, dtype)
+
+
 def _addmm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, input, weight)
 
@@ -95,9 +113,10 @@ def _run(
     dim: int,
     *rest: Any,
 ) -> Tensor:
+    if torch.compiler.is_compiling():
+        return consume(input, _compiled_mask(weight, side, m, dim), bias, *rest)
     if (
         has_torch_function_variadic(input, weight)
-        or torch.compiler.is_compiling()
         or in_transform()
         or type(weight) not in _PLAIN
         or type(input) not in _PLAIN
@@ -116,17 +135,12 @@ def _run(
     if not torch.is_grad_enabled() or not (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return consume(input, _masked(weight, bias, side, m, dim, dtype), bias, *rest)
+        return consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
     return node.call(input, weight, bias, side, (consume, m, dim, dtype, rest))
 
 
 def _masked(
-    weight: Tensor,
-    bias: Tensor | None,
-    side: Tensor,
-    m: int,
-    dim: int,
-    dtype: torch.dtype | None,
+    weight: Tensor, side: Tensor, m: int, dim: int, dtype: torch.dtype | None
 ) -> Tensor:
     """The masked weight, without autograd."""
     if side.dtype is torch.bool:
@@ -134,9 +148,10 @@ def _masked(
         out = out if dtype is None else out.to(dtype)
     else:
         out = project(weight, side, m, dim, dtype)
-    if bias is None and weight.requires_grad:
-        # torch.matmul, which is a linear without bias, makes one product of a batch's rows only if
-        # the weight says that it wants gradients. Nothing is recorded: gradients are off here.
+    if weight.requires_grad:
+        # torch.matmul, which is a linear without bias or of a transposed input, makes one product
+        # of a batch's rows only if the weight says that it wants gradients, and one product rounds
+        # unlike several. Nothing is recorded: gradients are off here.
         out.requires_grad_()
     return out
 
@@ -165,7 +180,7 @@ class _Masked(torch.autograd.Function):
         ctx.save_for_backward(kept, weight, side)
         ctx.constants = constants
         consume, m, dim, dtype, rest = constants
-        return consume(input, _masked(weight, bias, side, m, dim, dtype), bias, *rest)
+        return consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
 
     @classmethod
     def gradients(
@@ -185,7 +200,7 @@ class _Masked(torch.autograd.Function):
                 masked = _mask(weight, _without_decay(side), m, dim)
                 masked = masked if dtype is None else masked.to(dtype)
             else:
-                masked = _masked(weight, None, side, m, dim, dtype)
+                masked = _masked(weight, side, m, dim, dtype)
         grad_input, grad_weight, grad_bias = cls.gradients(ctx, grad, input, masked)
         del masked  # its memory may serve the next
         if ctx.needs_input_grad[1]:
