@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["2:4"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--kernels-from-m", type=int, nargs="+", help="see nmfx/ops/compiled.py")
+    parser.add_argument("--profile", action="store_true", help="also which kernels take the time")
     parser.add_argument("--device", default="cuda", help="another: tiny models, does it run?")
     args = parser.parse_args()
     lines = [header("Training steps on a GPU", gpu() if args.device == "cuda" else "none")]
@@ -68,6 +69,9 @@ def steps(args: argparse.Namespace) -> str:
                 row = [name, mode, label, f"{ms:.2f}", f"{ms / dense:.3f}", f"{memory:.0f}"]
                 rows.append([*row, f"{memory / held:.3f}" if held else "-"])
                 print(row, f"{ready:.0f} s to compile all", flush=True)
+            if args.profile:
+                for label, call in calls.items():
+                    print(f"{name}, {mode}, {label}\n{kernels(call)}", flush=True)
             del calls
             gc.collect()
             torch.compiler.reset()
@@ -98,6 +102,27 @@ def step_of(name: str, mode: str, pattern: str | None, device: str) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def kernels(call: Step, most: int = 16) -> str:
+    """The GPU's time in one step by kernel, the longest first, and the host's time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    queued = time.perf_counter() - start
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    lines = [f"GPU busy {total / 1e3:.2f} ms; host queued the step in {queued * 1e3:.2f} ms"]
+    for event in events[:most]:
+        ms = event.self_device_time_total / 1e3
+        lines.append(f"{ms:9.3f} ms {event.count:5} x {event.key[:90]}")
+    return "\n".join(lines)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -19,6 +19,7 @@ _ALLOWED = {
     "nmfx::sr_ste",
     "nmfx::sr_ste_project",
     "nmfx::sr_ste_backward",
+    "nmfx::sr_ste_gradient",
     "nmfx::sr_ste_decay_",
 }
 

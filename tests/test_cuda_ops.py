@@ -28,7 +28,9 @@ def fake(dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(2, 8, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("name", ["sr_ste", "sr_ste_project", "sr_ste_backward", "sr_ste_decay_"])
+@pytest.mark.parametrize(
+    "name", ["sr_ste", "sr_ste_project", "sr_ste_backward", "sr_ste_gradient", "sr_ste_decay_"]
+)
 def test_cuda_ops_are_registered(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nmfx::{name}", "CUDA")
 

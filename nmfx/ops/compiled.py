@@ -30,6 +30,31 @@ def _outruns_inductor(weight: Tensor, m: int) -> bool:
     return m >= GPU_KERNELS_FROM_M and triton.why_not(weight, m) is None
 
 
+def _forward_kernel(
+    weight: Tensor,
+    control: Tensor,
+    m: int,
+    dim: int,
+    abi: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`sr_ste`, called. Autograd is above: the op without a gradient is the faster call."""
+    return torch.ops.nmfx.sr_ste_project.default(weight, control, m, dim, dtype)
+
+
+def _backward_kernel(
+    grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
+) -> Tensor:
+    """`sr_ste_backward`, called."""
+    if grad.dtype != weight.dtype or grad.stride() != weight.stride():
+        return torch.ops.nmfx.sr_ste_gradient.default(grad, weight, control, m, dim, abi)
+    # Inductor drops the copy and lets the op write into a gradient that nobody else reads: no
+    # buffer of the size of the weight, and no pass at all where lambda_W is 0.
+    out = grad.clone()
+    torch.ops.nmfx.sr_ste_decay_.default(out, weight, control, m, dim, abi)
+    return out
+
+
 def _install() -> str | None:
     """Lets AOTAutograd see the formulas instead of the ops; returns why not, if it cannot.
 
@@ -44,7 +69,12 @@ def _install() -> str | None:
     except ImportError as error:  # private modules: they may move
         return f"torch {torch.__version__} has no {error.name}; nmfx::sr_ste compiles unfused"
 
-    def rule_for(formula: Callable[..., Tensor], weight_position: int, recompute: bool) -> Any:
+    def rule_for(
+        formula: Callable[..., Tensor],
+        kernel: Callable[..., Tensor],
+        weight_position: int,
+        recompute: bool,
+    ) -> Any:
         def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if torch.compiler.is_exporting():
@@ -57,23 +87,21 @@ def _install() -> str | None:
                 meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 meta["ac_graph_id"] = _REGION
             try:
-                if _outruns_inductor(args[weight_position], args[weight_position + 2]):
-                    return mode.__torch_dispatch__(op, types, args, kwargs)
+                called = _outruns_inductor(args[weight_position], args[weight_position + 2])
                 with mode:
-                    return formula(*args, **kwargs)
+                    return (kernel if called else formula)(*args, **kwargs)
             finally:
                 if tag:
                     del meta["recompute"], meta["ac_graph_id"]
 
         return rule
 
-    for name, formula, weight_position, recompute in (
-        ("nmfx::sr_ste", forward_pointwise, 0, True),
-        ("nmfx::sr_ste_backward", backward_pointwise, 1, False),
-    ):
-        torch.library.register_torch_dispatch(
-            name, FunctionalTensorMode, rule_for(formula, weight_position, recompute)
-        )
+    rules = {
+        "sr_ste": rule_for(forward_pointwise, _forward_kernel, 0, recompute=True),
+        "sr_ste_backward": rule_for(backward_pointwise, _backward_kernel, 1, recompute=False),
+    }
+    for name, rule in rules.items():
+        torch.library.register_torch_dispatch(f"nmfx::{name}", FunctionalTensorMode, rule)
     return None
 
 

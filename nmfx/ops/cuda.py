@@ -26,7 +26,7 @@ def forward(
 
 
 def backward(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int) -> Tensor:
-    """nmfx::sr_ste_backward."""
+    """nmfx::sr_ste_backward and sr_ste_gradient."""
     if triton.why_not(weight, m):
         return _backward_eager(grad, weight, control, m, dim, abi)
     return triton.gradient(grad, weight, control, m, dim)
@@ -43,4 +43,5 @@ _library = torch.library.Library("nmfx", "IMPL")
 _library.impl("sr_ste", forward, "CUDA")
 _library.impl("sr_ste_project", project, "CUDA")
 _library.impl("sr_ste_backward", backward, "CUDA")
+_library.impl("sr_ste_gradient", backward, "CUDA")
 _library.impl("sr_ste_decay_", decay_, "CUDA")

@@ -34,7 +34,7 @@ from ..kernels.rank import rank_eager, rank_pointwise
 
 # Compiled graphs are cached on disk by the calls they contain, not by what `_decompose` turns them
 # into: raise this number whenever a formula below changes, or stale code is loaded.
-ABI = 2
+ABI = 3
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -53,6 +53,11 @@ _library.define(
 )
 _library.define(
     "sr_ste_backward(Tensor grad, Tensor weight, Tensor control, int m, int dim, int abi)"
+    " -> Tensor",
+    tags=_tags,
+)
+_library.define(  # without a gradient
+    "sr_ste_gradient(Tensor grad, Tensor weight, Tensor control, int m, int dim, int abi)"
     " -> Tensor",
     tags=_tags,
 )
@@ -209,6 +214,7 @@ def _like_weight(
 _library.impl("sr_ste", _forward_eager, "CompositeExplicitAutograd")
 _library.impl("sr_ste_project", _project_eager, "CompositeExplicitAutograd")
 _library.impl("sr_ste_backward", _backward_eager, "CompositeExplicitAutograd")
+_library.impl("sr_ste_gradient", _backward_eager, "CompositeExplicitAutograd")
 _library.impl("sr_ste_decay_", _decay_eager, "CompositeExplicitAutograd")
 torch.library.register_fake("nmfx::sr_ste", _like_weight, lib=_library)
 torch.library.register_fake(
@@ -216,9 +222,10 @@ torch.library.register_fake(
     lambda weight, control, m, dim, dtype=None: torch.empty_like(weight, dtype=dtype),
     lib=_library,
 )
-torch.library.register_fake(
-    "nmfx::sr_ste_backward", lambda grad, weight, *_: torch.empty_like(weight), lib=_library
-)
+for _name in ("sr_ste_backward", "sr_ste_gradient"):
+    torch.library.register_fake(
+        f"nmfx::{_name}", lambda grad, weight, *_: torch.empty_like(weight), lib=_library
+    )
 torch.library.register_fake("nmfx::sr_ste_decay_", lambda *_: None, lib=_library)
 
 

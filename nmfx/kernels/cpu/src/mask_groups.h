@@ -125,24 +125,33 @@ NMFX_INLINE Vec<K> nth_largest(Vec<K>* k, int n) {
 
 // --- columns -------------------------------------------------------------------------------------
 
-// The groups in lanes [0, kLanes) of m <= P rows: row k starts at w + k * step, its mask goes to
-// mask + k * mask_step, whole vectors, rows in ascending order.
-template <class K, int P>
+// The groups in lanes [0, kLanes) of m <= P rows, m == P if EXACT: row k starts at w + k * step, its
+// mask goes to mask + k * mask_step, whole vectors, rows in ascending order.
+template <class K, int P, bool EXACT>
 NMFX_INLINE void column_masks(const K* w, int64_t step, K* mask, int64_t mask_step, int m, int n,
                               K limit) {
-  Vec<K> k[P];
+  Vec<K> k[P], keys[EXACT ? P : 1];
   _Pragma("GCC unroll 64") for (int i = 0; i < P; i++) {
-    if (i < m)
+    if (EXACT || i < m)
       k[i] = magnitude(w + i * step, limit);
     else
       k[i] = Vec<K>{} - K(1);  // smaller than any
+    if constexpr (EXACT) keys[i] = k[i];
   }
   const Vec<K> least = nth_largest<K, P>(k, n);
   Vec<K> kept = {};
-  for (int i = 0; i < m; i++) {
-    const Vec<K> keep = magnitude(w + i * step, limit) >= least;
-    kept -= keep;
-    store(mask + i * mask_step, keep);
+  if constexpr (EXACT) {
+    _Pragma("GCC unroll 8") for (int i = 0; i < P; i++) {
+      const Vec<K> keep = keys[i] >= least;
+      kept -= keep;
+      store(mask + i * mask_step, keep);
+    }
+  } else {
+    for (int i = 0; i < m; i++) {
+      const Vec<K> keep = magnitude(w + i * step, limit) >= least;
+      kept -= keep;
+      store(mask + i * mask_step, keep);
+    }
   }
   if (!any(kept - K(n))) return;
   Vec<K> room = Vec<K>{} + K(n);
@@ -155,22 +164,25 @@ NMFX_INLINE void column_masks(const K* w, int64_t step, K* mask, int64_t mask_st
   }
 }
 
-// Columns [0, width). Reads nothing at or after `end`; writes up to a vector past each row.
-template <class K, int P>
+// Columns [0, width) of `slabs` of m rows, each `slab` elements after the one before, in `w` as in
+// `mask`. Reads nothing at or after `end`; writes up to a vector past each row.
+template <class K, int P, bool EXACT>
 void columns(const K* w, int64_t step, const K* end, K* mask, int64_t mask_step, int64_t width,
-             int m, int n, K limit) {
+             int64_t slabs, int64_t slab, int m, int n, K limit) {
   constexpr int L = kLanes<K>;
-  for (int64_t c = 0; c < width; c += L) {
-    // The last vector of a wide row may begin early; that of a narrow one reads what follows.
-    if (width >= L && width - c < L) c = width - L;
-    if (end - (w + c) >= (m - 1) * step + L) {
-      column_masks<K, P>(w + c, step, mask + c, mask_step, m, n, limit);
-      continue;
+  for (; slabs > 0; slabs--, w += slab, mask += slab) {
+    for (int64_t c = 0; c < width; c += L) {
+      // The last vector of a wide row may begin early; that of a narrow one reads what follows.
+      if (width >= L && width - c < L) c = width - L;
+      if (end - (w + c) >= (m - 1) * step + L) {
+        column_masks<K, P, EXACT>(w + c, step, mask + c, mask_step, m, n, limit);
+        continue;
+      }
+      K rows[P * L] = {};
+      for (int i = 0; i < m; i++)
+        memcpy(rows + i * L, w + i * step + c, size_t(width - c < L ? width - c : L) * sizeof(K));
+      column_masks<K, P, EXACT>(rows, L, mask + c, mask_step, m, n, limit);
     }
-    K rows[P * L] = {};
-    for (int i = 0; i < m; i++)
-      memcpy(rows + i * L, w + i * step + c, size_t(width - c < L ? width - c : L) * sizeof(K));
-    column_masks<K, P>(rows, L, mask + c, mask_step, m, n, limit);
   }
 }
 
@@ -298,7 +310,7 @@ void odd_rows(const K* w, K* mask, int64_t groups, int m, int n, K limit) {
     const int lanes = groups - g < L ? int(groups - g) : L;
     for (int lane = 0; lane < lanes; lane++)
       for (int i = 0; i < m; i++) keys[i * L + lane] = w[(g + lane) * m + i];
-    column_masks<K, P>(keys, L, masks, L, m, n, limit);
+    column_masks<K, P, false>(keys, L, masks, L, m, n, limit);
     for (int lane = 0; lane < lanes; lane++)
       for (int i = 0; i < m; i++) mask[(g + lane) * m + i] = masks[i * L + lane];
   }
@@ -323,14 +335,16 @@ void mask_rows(const K* w, K* mask, int64_t groups, int m, int n, K limit) {
 
 template <class K>
 void mask_columns(const K* w, int64_t step, const K* end, K* mask, int64_t mask_step,
-                  int64_t width, int m, int n, K limit) {
-  const auto columns_of = m <= 2    ? columns<K, 2>
-                          : m <= 4  ? columns<K, 4>
-                          : m <= 8  ? columns<K, 8>
-                          : m <= 16 ? columns<K, 16>
-                          : m <= 32 ? columns<K, 32>
-                                    : columns<K, 64>;
-  columns_of(w, step, end, mask, mask_step, width, m, n, limit);
+                  int64_t width, int64_t slabs, int64_t slab, int m, int n, K limit) {
+  const auto columns_of = m == 2    ? columns<K, 2, true>
+                          : m == 4  ? columns<K, 4, true>
+                          : m == 8  ? columns<K, 8, true>
+                          : m <= 4  ? columns<K, 4, false>
+                          : m <= 8  ? columns<K, 8, false>
+                          : m <= 16 ? columns<K, 16, false>
+                          : m <= 32 ? columns<K, 32, false>
+                                    : columns<K, 64, false>;
+  columns_of(w, step, end, mask, mask_step, width, slabs, slab, m, n, limit);
 }
 
 }  // namespace

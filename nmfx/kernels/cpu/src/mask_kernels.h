@@ -135,19 +135,21 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
     if (cut.tiles) {
       const int64_t column = i % cut.tiles * cut.size, first = i / cut.tiles * slab + column;
       const int64_t width = c.inner - column < cut.size ? c.inner - column : cut.size;
-      mask_columns(w + first, c.inner, last, mask, cut.size, width, c.m, c.n, limit);
+      mask_columns(w + first, c.inner, last, mask, cut.size, width, 1, 0, c.m, c.n, limit);
       for (int k = 0; k < c.m; k++) apply(mask + k * cut.size, first + k * c.inner, width);
       continue;
     }
     const int64_t s = i * cut.size, count = slabs - s < cut.size ? slabs - s : cut.size;
-    const int64_t step = c.inner == 1 ? kLanes<K> * ceil_div(kBatch, kLanes<K> * c.m) : 1;
+    const int64_t step = c.inner == 1 ? kLanes<K> * ceil_div(kBatch, kLanes<K> * c.m)
+                                      : ceil_div(kBatch, slab);
     for (int64_t k = 0; k < count; k += step) {
       const int64_t few = count - k < step ? count - k : step, at = (s + k) * slab;
       fetch_soon(c, w + at, at, few * slab);
       if (c.inner == 1)
         mask_rows(w + at, mask + k * slab, few, c.m, c.n, limit);
       else
-        mask_columns(w + at, c.inner, last, mask + k * slab, c.inner, c.inner, c.m, c.n, limit);
+        mask_columns(w + at, c.inner, last, mask + k * slab, c.inner, c.inner, few, slab, c.m, c.n,
+                     limit);
     }
     apply(mask, s * slab, count * slab);
   }

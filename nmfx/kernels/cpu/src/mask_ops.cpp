@@ -179,5 +179,6 @@ STABLE_TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
   m.impl("sr_ste", TORCH_BOX(&sr_ste));
   m.impl("sr_ste_project", TORCH_BOX(&sr_ste_project));
   m.impl("sr_ste_backward", TORCH_BOX(&sr_ste_backward));
+  m.impl("sr_ste_gradient", TORCH_BOX(&sr_ste_backward));
   m.impl("sr_ste_decay_", TORCH_BOX(&sr_ste_decay_));
 }
