@@ -48,7 +48,9 @@ def _backward_kernel(
     grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
 ) -> Tensor:
     """`sr_ste_backward`, called."""
-    if grad.dtype != weight.dtype or grad.stride() != weight.stride():
+    # Not for convolutions: Inductor lays their gradients out anew, and torch 2.13 then fails with a
+    # KeyError in its scheduler if an op writes into one.
+    if weight.ndim != 2 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
         return torch.ops.nmfx.sr_ste_gradient.default(grad, weight, control, m, dim, abi)
     # Inductor drops the copy and lets the op write into a gradient that nobody else reads: no
     # buffer of the size of the weight, and no pass at all where lambda_W is 0.
