@@ -26,6 +26,7 @@ from torch._inductor.utils import fresh_cache
 import nmfx
 from nmfx.ops import compiled as compiled_ops
 from nmfx.ops import sr_ste as op
+from nmfx.ops.keep import keep_, project_kept
 
 Call = Callable[[], object]
 
@@ -42,7 +43,8 @@ def main() -> None:
     if args.quick:
         args.size, args.rounds, args.min_time = 256, 3, 0.002
     lines = [header("The mask op"), __doc__.split("\n\n", 2)[2]]
-    for part in (forward, backward, dtypes, convolution, allocation, small, inductor):
+    parts = (forward, backward, dtypes, convolution, allocation, fixed, small, inductor)
+    for part in parts:
         for threads in args.threads:
             torch.set_num_threads(threads)
             torch.manual_seed(0)
@@ -170,6 +172,19 @@ def allocation(args: argparse.Namespace) -> str:
     times = run(args, calls)
     rows = [[name, f"{times[name].median:.3f}", faults(call)] for name, call in calls.items()]
     return records.table(["", "ms", "page faults a call"], rows)
+
+
+def fixed(args: argparse.Namespace) -> str:
+    """A fixed mask (nmfx.freeze), float32: one select."""
+    weight, grad, buffer = (weight_of(args) for _ in range(3))
+    mask = nmfx.nm_mask(weight, "2:4")
+    calls: dict[str, Call] = {
+        "copy": lambda: buffer.copy_(weight),
+        "nmfx": lambda: project_kept(weight, mask),
+        "nmfx, gradient in place": lambda: keep_(grad, mask),
+        "torch.where": lambda: torch.where(mask, weight, 0.0),
+    }
+    return passes(run(args, calls), "copy")
 
 
 def with_grad(call: Call) -> Call:

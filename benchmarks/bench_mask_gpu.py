@@ -60,7 +60,9 @@ def measured(args: argparse.Namespace, calls: dict[str, tuple[Call, int]]) -> st
     return records.table(["", "ms", "TB/s", "of copy"], rows)
 
 
-def projecting(weight: Tensor, n: int, m: int, dim: int = 1, dtype: torch.dtype | None = None) -> Call:
+def projecting(
+    weight: Tensor, n: int, m: int, dim: int = 1, dtype: torch.dtype | None = None
+) -> Call:
     control = op.make_control(2e-4, n, "cuda")
     return lambda: op.project(weight, control, m, dim, dtype)
 

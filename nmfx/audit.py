@@ -22,6 +22,7 @@ _ALLOWED = {
     "nmfx::sr_ste_gradient",
     "nmfx::sr_ste_decay_",
 }
+_SELECTS = {"aten::where": 0, "nmfx::keep_project": 1}  # the position of the mask
 
 
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
@@ -104,9 +105,9 @@ class _Audit(TorchDispatchMode):
 
 
 def _is_keep(operator: str, args: Any, ref: SiteRef) -> bool:
-    """Whether this is the select of a frozen layer, aten::where(mask, weight, 0.0)."""
+    """Whether this is the select of a frozen layer by its mask."""
     return (
         ref.site.state == "frozen"
-        and operator == "aten::where"
-        and _storage(args[0]) == _storage(site_mask(ref))
+        and operator in _SELECTS
+        and _storage(args[_SELECTS[operator]]) == _storage(site_mask(ref))
     )

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from reference import raw_bits
 from strategies import DTYPES, LAYOUTS, Case, cases, from_bits, lay_out, special_bits
 from torch import Tensor
 
 from nmfx.kernels import cpu
 from nmfx.mask import nm_mask, nm_project
+from nmfx.ops.keep import keep_, project_kept
 from nmfx.ops.sr_ste import add_decay_, make_control, project, sr_ste
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.status())
@@ -106,6 +108,38 @@ def test_masks_and_cast_in_one_pass(isa: str, dtype: torch.dtype, case: Case) ->
     torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
     finite = ~wanted.isnan()
     assert raw_bits(out[finite]) == raw_bits(wanted[finite])
+
+
+@each_isa
+@given(case=cases(), layout=st.sampled_from(["contiguous", "transposed", "channels_last"]))
+def test_a_fixed_mask_is_one_select(isa: str, case: Case, layout: str) -> None:
+    cpu.use_isa(isa)
+    weight, pattern, dim = case
+    mask = nm_mask(weight, pattern, dim)
+    if weight.ndim == 4:
+        mask = lay_out(mask, layout)  # not always that of the weight
+    wanted = torch.where(mask, weight, 0.0)
+    out = project_kept(weight, mask)
+    assert out.stride() == torch.empty_like(weight).stride()
+    assert raw_bits(out) == raw_bits(wanted)
+    grad = weight.clone()
+    keep_(grad, mask)
+    assert raw_bits(grad) == raw_bits(wanted)
+    if weight.dtype == torch.float32:
+        narrow = project_kept(weight, mask, torch.bfloat16)
+        torch.testing.assert_close(
+            narrow, wanted.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1000), (2048, 4096)], ids=str)
+def test_a_fixed_mask_of_any_size(shape: tuple[int, ...]) -> None:
+    weight, mask = torch.randn(shape), torch.rand(shape) < 0.5
+    assert torch.equal(project_kept(weight, mask), torch.where(mask, weight, 0.0))
+    with pytest.raises(RuntimeError, match="bool"):
+        project_kept(weight, mask.float())
+    with pytest.raises(RuntimeError):
+        project_kept(weight, mask[:-1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -196,4 +196,7 @@ def test_sr_ste_without_autograd_passes_opcheck(dtype: torch.dtype, layout: str)
     grad = torch.randn(4, 8, 3, 2).to(dtype)
     args = (grad, weight, control, 4, 1, ABI)
     torch.library.opcheck(torch.ops.nmfx.sr_ste_gradient.default, args)
+    mask = torch.rand(grad.shape) < 0.5
+    torch.library.opcheck(torch.ops.nmfx.keep_project.default, (weight, mask))
+    torch.library.opcheck(torch.ops.nmfx.keep_.default, (grad.clone(), mask))
     torch.library.opcheck(torch.ops.nmfx.sr_ste_decay_.default, args)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .keep import keep
+from .keep import keep, keep_, project_kept
 from .sr_ste import ABI, add_decay_, in_transform, project, sr_ste
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -139,13 +139,10 @@ def _run(
     return node.call(input, weight, bias, side, (consume, m, dim, dtype, rest))
 
 
-def _masked(
-    weight: Tensor, side: Tensor, m: int, dim: int, dtype: torch.dtype | None
-) -> Tensor:
+def _masked(weight: Tensor, side: Tensor, m: int, dim: int, dtype: torch.dtype | None) -> Tensor:
     """The masked weight, without autograd."""
     if side.dtype is torch.bool:
-        out = torch.where(side, weight, 0.0)
-        out = out if dtype is None else out.to(dtype)
+        out = project_kept(weight, side, dtype)
     else:
         out = project(weight, side, m, dim, dtype)
     if weight.requires_grad:
@@ -221,11 +218,15 @@ def _through_mask(
     grad: Tensor, weight: Tensor, side: Tensor, m: int, dim: int, in_place: bool
 ) -> Tensor:
     """The gradient of the weight from that of the masked weight, which nobody else refers to."""
-    if side.dtype is torch.bool:
-        return torch.where(side, grad.to(weight.dtype), 0.0)
+    frozen = side.dtype is torch.bool
     if in_place and grad.dtype == weight.dtype:
-        add_decay_(grad, weight, side, m, dim)
+        if frozen:
+            keep_(grad, side)
+        else:
+            add_decay_(grad, weight, side, m, dim)
         return grad
+    if frozen:
+        return torch.where(side, grad.to(weight.dtype), 0.0)
     return torch.ops.nmfx.sr_ste_backward.default(grad, weight, side, m, dim, ABI)
 
 

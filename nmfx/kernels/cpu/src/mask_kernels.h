@@ -140,6 +140,15 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
       continue;
     }
     const int64_t s = i * cut.size, count = slabs - s < cut.size ? slabs - s : cut.size;
+    if (c.kept) {  // one column of groups of one
+      for (int64_t k = 0; k < count; k += kBatch) {
+        const int64_t few = count - k < kBatch ? count - k : kBatch, at = s + k;
+        fetch_soon(c, w + at, at, few);
+        for (int64_t j = 0; j < few; j++) mask[k + j] = K(-K(c.kept[at + j]));
+      }
+      apply(mask, s, count);
+      continue;
+    }
     const int64_t step = c.inner == 1 ? kLanes<K> * ceil_div(kBatch, kLanes<K> * c.m)
                                       : ceil_div(kBatch, slab);
     for (int64_t k = 0; k < count; k += step) {

@@ -1,5 +1,5 @@
-// nmfx::sr_ste and its gradients for CPU tensors. Schemas, fakes and autograd are defined in
-// nmfx/ops/sr_ste.py.
+// nmfx::sr_ste, its gradients and the select by a fixed mask for CPU tensors. Schemas, fakes and
+// autograd are defined in nmfx/ops/sr_ste.py and keep.py.
 #include <optional>
 
 #include "binding.h"
@@ -173,9 +173,52 @@ void sr_ste_decay_(Tensor grad, Tensor weight, Tensor control, int64_t m, int64_
   run(call);
 }
 
+// `weight` where `mask` is set, +0 elsewhere, from one dense tensor into another of its layout.
+void keep_into(void* out, DType to, const Tensor& weight, const Tensor& mask) {
+  STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool,
+                  "the mask is a bool tensor on the CPU");
+  Tensor laid_out = mask;
+  if (!same_places(mask, weight)) {
+    laid_out = nmfx::empty(sizes_of(weight), strides_of(weight), ScalarType::Bool);
+    torch::stable::copy_(laid_out, mask);  // refuses another shape
+  }
+  MaskCall call = {};
+  call.weight = weight.const_data_ptr();
+  call.weight_type = nmfx::dtype_of(weight.scalar_type());
+  call.kept = static_cast<const bool*>(laid_out.const_data_ptr());
+  call.other_type = to;
+  call.out = out;
+  call.n = call.m = 1;
+  call.outer = call.inner = 1, call.columns = weight.numel();
+  run(call);
+}
+
+Tensor keep_project(Tensor weight, Tensor mask, std::optional<ScalarType> dtype) {
+  const Tensor w = dense(weight);
+  const ScalarType wanted = dtype ? *dtype : w.scalar_type();
+  const DType to = nmfx::dtype_of(wanted), from = nmfx::dtype_of(w.scalar_type());
+  STD_TORCH_CHECK(w.is_cpu() && (to == from || (from == DType::f32 && to != DType::f64)),
+                  "keep narrows float32 to float16 or bfloat16, and nothing else");
+  Tensor out = result_like(w, wanted, bytes_of(to));
+  if (w.numel()) keep_into(out.mutable_data_ptr(), to, w, mask);
+  return out;
+}
+
+void keep_(Tensor grad, Tensor mask) {
+  if (grad.numel() == 0) return;
+  STD_TORCH_CHECK(grad.is_cpu(), "the gradient is on another device than the mask");
+  if (!is_dense(grad)) {
+    torch::stable::copy_(grad, keep_project(grad, mask, std::nullopt));
+    return;
+  }
+  keep_into(grad.mutable_data_ptr(), nmfx::dtype_of(grad.scalar_type()), grad, mask);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nmfx, CPU, m) {
+  m.impl("keep_project", TORCH_BOX(&keep_project));
+  m.impl("keep_", TORCH_BOX(&keep_));
   m.impl("sr_ste", TORCH_BOX(&sr_ste));
   m.impl("sr_ste_project", TORCH_BOX(&sr_ste_project));
   m.impl("sr_ste_backward", TORCH_BOX(&sr_ste_backward));

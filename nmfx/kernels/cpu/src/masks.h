@@ -6,7 +6,7 @@
 //
 // Work goes through the first-level cache in chunks: first the mask of a chunk, all bits of an
 // element set where it is kept (mask_groups.h), then what is done with it (mask_apply.h). So the
-// kinds of groups and the kinds of results do not multiply.
+// kinds of groups and the kinds of results do not multiply. A mask that is fixed is read instead.
 #pragma once
 #include "kernel.h"
 
@@ -17,6 +17,7 @@ namespace nmfx {
 struct MaskCall {
   const void* weight;
   const void* grad;  // null: project
+  const bool* kept;  // null: the mask is found; else it is this, one byte per element
   void* out;         // may be `weight` or `grad`
   DType weight_type;
   DType other_type;  // of `out` when projecting, of `grad` otherwise
