@@ -11,9 +11,9 @@ from torch import Tensor
 from ..kernels import cpu, triton
 from .sr_ste import backward_pointwise, forward_pointwise
 
-# On an H200 a kernel outruns Inductor's loop at 4:8 already (8192 x 8192: 0.11 ms against 0.25), but
-# each call passes through the host: whole steps were 2 to 5 % slower by calls at M = 4 and 8, and
-# 1:16 cost 0 to 2 % by calls (benchmarks/results/train_step_nvidia-h200_202611.md).
+# On an H200 a kernel outruns Inductor's loop at 4:8 already (0.11 ms against 0.25, 8192 x 8192),
+# but each call passes through the host: whole steps were 2 to 5 % slower by calls at M = 4 and 8,
+# and 1:16 cost 0 to 2 % by calls (benchmarks/results/train_step_nvidia-h200_202611.md).
 GPU_KERNELS_FROM_M = 16
 
 # One recomputation region for all weights (torch counts its own from 0): with one for each, the
