@@ -5,8 +5,9 @@ elements apart. A program takes `GROUPS` groups as a tile [place, group]: with i
 coalescing lays threads along the places, else along the groups, so both read whole sectors. One
 warp per program keeps a group within a warp: no kernel waits at a barrier.
 
-Counted, not timed: instructions per element of `project` for sm_90, tiles of 1024, 2-byte and
-4-byte weights, inner = 1 (and inner = 9), by nvdisasm:
+Timed on an H200 (benchmarks/results/mask_nvidia-h200_202611.md): up to M = 8 memory is the limit,
+from M = 16 (bfloat16) and M = 32 (float32) on instructions are. How many per element of `project` for
+sm_90, tiles of 1024, 2-byte and 4-byte weights, inner = 1 (and inner = 9), by nvdisasm:
 
     M     counting                bisecting
     4     19, 21   (28, 26)       (not built)
