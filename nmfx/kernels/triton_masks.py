@@ -6,8 +6,8 @@ coalescing lays threads along the places, else along the groups, so both read wh
 warp per program keeps a group within a warp: no kernel waits at a barrier.
 
 Timed on an H200 (benchmarks/results/mask_nvidia-h200_202611.md): up to M = 8 memory is the limit,
-from M = 16 (bfloat16) and M = 32 (float32) on instructions are. How many per element of `project` for
-sm_90, tiles of 1024, 2-byte and 4-byte weights, inner = 1 (and inner = 9), by nvdisasm:
+from M = 16 (bfloat16) and M = 32 (float32) on instructions are. How many `project` has per element
+for sm_90, tiles of 1024, 2-byte and 4-byte weights, inner = 1 (and inner = 9), by nvdisasm:
 
     M     counting                bisecting
     4     19, 21   (28, 26)       (not built)
