@@ -98,9 +98,11 @@ class _Audit(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _check(self, tensor: Tensor, operator: str, args: Any) -> None:
-        for start, stop, ref in self.weights.get(_storage(tensor), ()):
-            first, end = _span(tensor)
-            if first < stop and start < end and not _is_keep(operator, args, ref):
+        first, end = _span(tensor)
+        weights = self.weights.get(_storage(tensor), ())
+        read = [ref for start, stop, ref in weights if first < stop and start < end]
+        if not any(_is_keep(operator, args, ref) for ref in read):  # tied: by the mask of one
+            for ref in read:
                 self.found[ref.name].add(operator)
 
 

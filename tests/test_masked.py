@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import nmfx
@@ -184,6 +185,43 @@ def test_autocast_is_that_of_two_nodes(name: str, frozen: bool) -> None:
         assert got.dtype == want.dtype
         # Two nodes round the sum of rows and the products in another order.
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["linear", "addmm", "conv2d"])
+def test_autocast_of_other_weights(name: str, dtype: torch.dtype, target: torch.dtype) -> None:
+    layer = LAYERS[name]
+    tensors = operands(layer, dtype)
+    if dtype != torch.float64:  # which autocast leaves alone
+        tensors[0] = tensors[0].detach().float().requires_grad_()
+    with torch.autocast("cpu", target):
+        one, two = outputs(as_one(layer), tensors), outputs(as_two(layer), tensors)
+    for got, want in zip(one, two, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["linear", "addmm with a full bias", "conv2d"])
+def test_compiled_autograd_takes_it(name: str) -> None:
+    layer, tensors = LAYERS[name], operands(LAYERS[name])
+    wanted = outputs(as_one(layer), tensors)
+    out = as_one(layer)(*tensors)
+    torch.manual_seed(2)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        out.backward(torch.randn_like(out))
+    assert_same([t.grad for t in tensors if t is not None], wanted[1:])
+    torch.compiler.reset()
+
+
+def test_enable_grad_within_inference_mode_records_nothing() -> None:
+    layer = LAYERS["linear"]
+    x, weight, bias = operands(layer)
+    with torch.inference_mode():
+        made = x * 1
+        with torch.enable_grad():
+            assert not as_one(layer)(made, weight, bias).requires_grad
+            assert not as_one(layer)(x, weight, bias).requires_grad
 
 
 @each_layer

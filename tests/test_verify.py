@@ -214,3 +214,10 @@ def test_the_result_is_a_plain_dictionary() -> None:
     assert findings
     with pytest.raises(KeyError):
         findings["head.weight"]
+
+
+def test_layers_tied_later_are_read_through_either_mask() -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), {"[01]": "2:4"})
+    model[1].weight = model[0].weight
+    nmfx.freeze(model)
+    assert nmfx.verify(model, torch.randn(3, 16)) == {}

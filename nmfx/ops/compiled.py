@@ -48,15 +48,10 @@ def _backward_kernel(
     grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
 ) -> Tensor:
     """`sr_ste_backward`, called."""
-    # Not for convolutions: Inductor lays their gradients out anew, and torch 2.13 then fails with a
-    # KeyError in its scheduler if an op writes into one.
-    if weight.ndim != 2 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
-        return torch.ops.nmfx.sr_ste_gradient.default(grad, weight, control, m, dim, abi)
-    # Inductor drops the copy and lets the op write into a gradient that nobody else reads: no
-    # buffer of the size of the weight, and no pass at all where lambda_W is 0.
-    out = grad.clone()
-    torch.ops.nmfx.sr_ste_decay_.default(out, weight, control, m, dim, abi)
-    return out
+    # A new tensor, from the pool. In place (sr_ste_decay_ on a copy that Inductor drops) is not
+    # safe in torch 2.13: where the gradient is a view into a larger buffer the op is handed the
+    # start of that buffer, and where it is that of a convolution the scheduler has a KeyError.
+    return torch.ops.nmfx.sr_ste_gradient.default(grad, weight, control, m, dim, abi)
 
 
 def _install() -> str | None:

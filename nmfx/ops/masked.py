@@ -127,16 +127,24 @@ def _run(
     if (
         torch._C._is_any_autocast_enabled()  # a tenth of the time of the question for one device
         and torch.is_autocast_enabled(weight.device.type)
-        and weight.dtype is torch.float32
+        and weight.dtype is not torch.float64  # which autocast leaves alone
     ):
         # What autocast would do, but for the weight in the pass that masks it.
-        dtype = torch.get_autocast_dtype(weight.device.type)
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled() or not (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        target = torch.get_autocast_dtype(weight.device.type)
+        if weight.dtype is torch.float32:
+            dtype = target
+        elif weight.dtype is not target:
+            return consume(input, _mask(weight, side, m, dim), bias, *rest)
+        input, bias = input.to(target), None if bias is None else bias.to(target)
+    if (
+        not torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()  # enable_grad changes nothing there
+        or not (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
     ):
         return consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
-    return node.call(input, weight, bias, side, (consume, m, dim, dtype, rest))
+    return node.call(input, weight, bias, side, (node, consume, m, dim, dtype, rest))
 
 
 def _masked(weight: Tensor, side: Tensor, m: int, dim: int, dtype: torch.dtype | None) -> Tensor:
@@ -163,42 +171,43 @@ class _Masked(torch.autograd.Function):
         # `apply` without what it does for torch.func, which `_run` has ruled out: 2 us.
         cls.call = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
-    @classmethod
+    # Static, with the class among the constants: compiled autograd takes no class methods.
+    @staticmethod
     def forward(
-        cls,
         ctx: Any,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         side: Tensor,
-        constants: tuple[Callable[..., Tensor], int, int, torch.dtype | None, tuple[Any, ...]],
+        constants: tuple[Any, ...],
     ) -> Tensor:
-        kept = input if weight.requires_grad or cls.needs_input else None
+        node, consume, m, dim, dtype, rest = constants
+        kept = input if weight.requires_grad or node.needs_input else None
         ctx.save_for_backward(kept, weight, side)
         ctx.constants = constants
-        consume, m, dim, dtype, rest = constants
-        return consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
+        out: Tensor = consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
+        return out
 
-    @classmethod
+    @staticmethod
     def gradients(
-        cls, ctx: Any, grad: Tensor, input: Tensor | None, masked: Tensor | None
+        ctx: Any, grad: Tensor, input: Tensor | None, masked: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of the input, the masked weight and the bias, None where nobody asks for it."""
         raise NotImplementedError
 
-    @classmethod
-    def backward(cls, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight, side = ctx.saved_tensors
-        _, m, dim, dtype, _ = ctx.constants
+        node, _, m, dim, dtype, _ = ctx.constants
         again = torch.is_grad_enabled()  # create_graph: all must be differentiable
         masked = None
-        if ctx.needs_input_grad[0] or cls.needs_input:
+        if ctx.needs_input_grad[0] or node.needs_input:
             if again:
                 masked = _mask(weight, _without_decay(side), m, dim)
                 masked = masked if dtype is None else masked.to(dtype)
             else:
                 masked = _masked(weight, side, m, dim, dtype)
-        grad_input, grad_weight, grad_bias = cls.gradients(ctx, grad, input, masked)
+        grad_input, grad_weight, grad_bias = node.gradients(ctx, grad, input, masked)
         del masked  # its memory may serve the next
         if ctx.needs_input_grad[1]:
             assert grad_weight is not None
@@ -231,8 +240,8 @@ def _through_mask(
 
 
 class _Linear(_Masked):
-    @classmethod
-    def gradients(cls, ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
         rows = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -245,13 +254,13 @@ class _Linear(_Masked):
 
 
 class _Addmm(_Masked):
-    @classmethod
-    def forward(cls, ctx: Any, *args: Any) -> Tensor:
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.bias_shape = args[2].shape
-        return super().forward(ctx, *args)
+        return _Masked.forward(ctx, *args)
 
-    @classmethod
-    def gradients(cls, ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
         grad_input = grad @ masked.t() if ctx.needs_input_grad[0] else None
         grad_weight = input.t() @ grad if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
@@ -261,8 +270,8 @@ class _Addmm(_Masked):
 class _Conv(_Masked):
     needs_input = True  # torch finds all gradients in one call
 
-    @classmethod
-    def gradients(cls, ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor, input: Any, masked: Any) -> Any:
         stride, padding, dilation, groups = ctx.constants[-1]
         dims = masked.ndim - 2
 

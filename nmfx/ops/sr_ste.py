@@ -34,7 +34,7 @@ from ..kernels.rank import rank_eager, rank_pointwise
 
 # Compiled graphs are cached on disk by the calls they contain, not by what `_decompose` turns them
 # into: raise this number whenever a formula below changes, or stale code is loaded.
-ABI = 3
+ABI = 4
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
