@@ -227,8 +227,7 @@ def small(args: argparse.Namespace) -> str:
 def inductor(args: argparse.Namespace) -> str:
     """Under torch.compile: the formula that Inductor fuses, against the kernels it may call.
 
-    A gradient is made by the graph (here by an addition), as in training: so the decay may be
-    written into it.
+    A gradient is made by the graph (here by an addition into fresh memory), as in training.
     """
     weight, grad, buffer = (weight_of(args) for _ in range(3))
     copy: dict[str, Call] = {"copy": lambda: buffer.copy_(weight)}

@@ -48,7 +48,7 @@ def _backward_kernel(
     grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi: int
 ) -> Tensor:
     """`sr_ste_backward`, called."""
-    # A new tensor, from the pool. In place (sr_ste_decay_ on a copy that Inductor drops) is not
+    # A new tensor. In place (sr_ste_decay_ on a copy that Inductor drops) is not
     # safe in torch 2.13: where the gradient is a view into a larger buffer the op is handed the
     # start of that buffer, and where it is that of a convolution the scheduler has a KeyError.
     return torch.ops.nmfx.sr_ste_gradient.default(grad, weight, control, m, dim, abi)

@@ -53,11 +53,16 @@ Tensor dense(const Tensor& t) {
   return torch::stable::copy_(copy, t);
 }
 
-// An uninitialised tensor with the strides of `like`.
-Tensor result_like(const Tensor& like, ScalarType dtype, int64_t element_bytes) {
+// Gradients live until the next step, all of them at once: up to this size malloc keeps their memory
+// from step to step, and the pool, which is for what is soon given back, would not.
+constexpr int64_t kPooledGradient = 32 << 20;
+
+// An uninitialised tensor with the strides of `like`, from the pool from `pooled` bytes on.
+Tensor result_like(const Tensor& like, ScalarType dtype, int64_t element_bytes,
+                   int64_t pooled = nmfx::kPooled) {
   const std::vector<int64_t> sizes = sizes_of(like), strides = strides_of(like);
   const int64_t bytes = like.numel() * element_bytes;
-  if (bytes < nmfx::kPooled) return nmfx::empty(sizes, strides, dtype);
+  if (bytes < pooled) return nmfx::empty(sizes, strides, dtype);
   void* block = nmfx::pool_take(bytes);
   STD_TORCH_CHECK(block, "out of memory: ", bytes, " bytes");
   AtenTensorHandle handle = nullptr;
@@ -143,7 +148,8 @@ bool takes_gradient(const Tensor& grad, const Tensor& weight) {
 Tensor sr_ste_backward(Tensor grad, Tensor weight, Tensor control, int64_t m, int64_t dim,
                        int64_t) {
   const Tensor w = dense(weight);
-  Tensor out = result_like(w, w.scalar_type(), bytes_of(nmfx::dtype_of(w.scalar_type())));
+  const int64_t bytes = bytes_of(nmfx::dtype_of(w.scalar_type()));
+  Tensor out = result_like(w, w.scalar_type(), bytes, kPooledGradient);
   if (w.numel() == 0) return out;
   MaskCall call = call_of(w, control, m, dim);
   STD_TORCH_CHECK(grad.is_cpu(), "the gradient is on another device than the weight");
