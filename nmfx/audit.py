@@ -98,8 +98,10 @@ class _Audit(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _check(self, tensor: Tensor, operator: str, args: Any) -> None:
+        weights = self.weights.get(_storage(tensor))
+        if weights is None:  # a nested tensor, for one, has no span to ask for
+            return
         first, end = _span(tensor)
-        weights = self.weights.get(_storage(tensor), ())
         read = [ref for start, stop, ref in weights if first < stop and start < end]
         if not any(_is_keep(operator, args, ref) for ref in read):  # tied: by the mask of one
             for ref in read:
