@@ -104,15 +104,21 @@ constexpr int64_t kAhead = 4096;
 // EPYC with AVX2), 0.31 to 0.36 from 128 elements on; with 512 the gradients are asked for too late.
 constexpr int64_t kBatch = 256;
 
-// Asks for the gradients that meet the mask of `count` elements, and for weights further on.
-template <class K>
-NMFX_INLINE void fetch_soon(const MaskCall& c, const K* w, int64_t first, int64_t count) {
-  const char* weights = reinterpret_cast<const char*>(w) + kAhead;
-  for (int64_t b = 0; b < count * int64_t(sizeof(K)); b += 64) __builtin_prefetch(weights + b);
-  if (!c.grad) return;
+NMFX_INLINE void fetch(const void* memory, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64)
+    __builtin_prefetch(static_cast<const char*>(memory) + b);
+}
+
+// Asks for what meets the mask of `count` elements: their gradients, and the lines of the result,
+// which the CPU would else read one store after the other when the mask is done. Milliseconds for
+// 9.4 MB in a third-level cache of 32 MB, 2:4, one thread of an AMD EPYC with AVX2: 1.3 to 1.5
+// without the result's lines, 0.8 to 0.95 with them; a copy 0.5 to 0.7.
+NMFX_INLINE void fetch_others(const MaskCall& c, int64_t first, int64_t count, int64_t out_bytes,
+                              bool past_caches) {
   const int64_t size = bytes_of(c.other_type);
-  const char* grads = static_cast<const char*>(c.grad) + first * size;
-  for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(grads + b);
+  if (c.grad) fetch(static_cast<const char*>(c.grad) + first * size, count * size);
+  if (past_caches || c.out == c.grad || c.out == c.weight) return;
+  fetch(static_cast<const char*>(c.out) + first * out_bytes, count * out_bytes);
 }
 
 template <class K>
@@ -131,10 +137,19 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
     apply_to(c, kept, first, count, past_caches ? static_cast<void*>(result) : out);
     if (past_caches) stream(out, reinterpret_cast<const char*>(result), count * out_bytes);
   };
+  auto others = [&](int64_t first, int64_t count) {
+    fetch_others(c, first, count, out_bytes, past_caches);
+  };
+  auto soon = [&](int64_t first, int64_t count) {
+    fetch(reinterpret_cast<const char*>(w + first) + kAhead, count * int64_t(sizeof(K)));
+    others(first, count);
+  };
   for (int64_t i = begin; i < end; i++) {
     if (cut.tiles) {
       const int64_t column = i % cut.tiles * cut.size, first = i / cut.tiles * slab + column;
       const int64_t width = c.inner - column < cut.size ? c.inner - column : cut.size;
+      // The weights of the next tile with them made it slower: 32 KB in flight.
+      for (int k = 0; k < c.m; k++) others(first + k * c.inner, width);
       mask_columns(w + first, c.inner, last, mask, cut.size, width, 1, 0, c.m, c.n, limit);
       for (int k = 0; k < c.m; k++) apply(mask + k * cut.size, first + k * c.inner, width);
       continue;
@@ -143,7 +158,7 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
     if (c.kept) {  // one column of groups of one
       for (int64_t k = 0; k < count; k += kBatch) {
         const int64_t few = count - k < kBatch ? count - k : kBatch, at = s + k;
-        fetch_soon(c, w + at, at, few);
+        soon(at, few);
         for (int64_t j = 0; j < few; j++) mask[k + j] = K(-K(c.kept[at + j]));
       }
       apply(mask, s, count);
@@ -153,7 +168,7 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
                                       : ceil_div(kBatch, slab);
     for (int64_t k = 0; k < count; k += step) {
       const int64_t few = count - k < step ? count - k : step, at = (s + k) * slab;
-      fetch_soon(c, w + at, at, few * slab);
+      soon(at, few * slab);
       if (c.inner == 1)
         mask_rows(w + at, mask + k * slab, few, c.m, c.n, limit);
       else
