@@ -5,6 +5,7 @@
         measure     dense, prepacked dense, packed: on the inputs the layer really meets
         swap        the fastest; dense where nothing beats it, with the reason in the report;
                     activations move into packed layers
+                    (on a GPU: dense or semi-structured)
         measure     the whole model against the folded one; dense again if that is not faster
 
 Nothing is written before the example inputs have run once. From then on, whatever interrupts it,
@@ -19,19 +20,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, compressed_names, iter_sites, packed_names
 from .fold import bake
 from .fusing import Fusing
 from .plan import make_plan
 from .tuning import timer
 from .tuning.bench import Bench
-from .tuning.choose import choose
-from .tuning.decide import DENSE, PACKED, TIE, Choice, packed_share
+from .tuning.choose import choose, choose_untimed
+from .tuning.decide import DENSE, PACKED, SEMI, TIE, Choice, packed_share
 from .tuning.hardware import kernel_status
 from .tuning.memory import Returning
 from .tuning.progress import progress
@@ -88,8 +90,12 @@ def lower(
     model = model if inplace else copy.deepcopy(model)
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
-    packed = {name for ref in iter_sites(model) for name in packed_names(ref.name)}
-    with undisturbed(model, packed.__contains__), evaluation_mode(model, calls):
+    read_only = {
+        name
+        for ref in iter_sites(model)
+        for name in (*packed_names(ref.name), *compressed_names(ref.name))
+    }
+    with undisturbed(model, read_only.__contains__), evaluation_mode(model, calls):
         with fusing.witness:
             expected = run_calls(model, calls)
         undo = None
@@ -129,17 +135,18 @@ class _Job:
 
 def _pack_all(job: _Job) -> list[str]:
     memory = Returning()
+    choices = {t: choose_untimed(t.candidate, t.weight, t.pattern) for t in job.targets}
     for target in progress(job.targets, "packing"):
-        target.pack()
+        _apply(target, choices[target])
         memory.freed(target.bytes)
     memory.now()
     job.fusing.fuse_activations(job.targets)
     _check(job)
     if not job.targets:
         return [_NOTHING_PACKED]
-    for target in job.targets:
-        _note(target, job, "")
-    return [_UNTIMED, kernel_status()]
+    for target, choice in choices.items():
+        _note(target, job, choice.reason, choice)
+    return [_UNTIMED, *dict.fromkeys(kernel_status(target.device) for target in job.targets)]
 
 
 def _tune(job: _Job, dense_ms: float | None) -> list[str]:
@@ -212,6 +219,8 @@ def _kept(choice: Choice) -> Choice:
 def _apply(target: Target, choice: Choice) -> None:
     if choice.name == PACKED:
         target.pack()
+    elif choice.name == SEMI:
+        target.compress()
     elif choice.name != DENSE:
         target.prepack()
 
@@ -239,7 +248,14 @@ def _whole(model: nn.Module, calls: list[Call]) -> float | None:
     """Milliseconds of all calls together, or None without calls."""
     if not calls:
         return None
-    runs = {"model": lambda: run_calls(model, calls)}
+    waits = {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+    def run() -> None:
+        run_calls(model, calls)
+        for device in waits:
+            torch.cuda.synchronize(device)
+
+    runs = {"model": run}
     return timer.measure(runs, budget_s=_WHOLE_BUDGET_S)["model"]
 
 

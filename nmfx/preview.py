@@ -14,6 +14,7 @@ from .capture.candidates import Candidate, find_candidates
 from .capture.packed import packed_weight_bytes
 from .capture.site import get_path
 from .errors import NMError
+from .kernels import semi_structured
 from .mask import nm_project
 from .pattern import Pattern
 from .plan import obstacle_to_packing
@@ -22,12 +23,12 @@ from .report import Report, Row
 from .sparsify import check_existing
 from .tuning.bench import Bench
 from .tuning.choose import choose
-from .tuning.decide import DENSE, PACKED, Choice, stays_dense
+from .tuning.decide import DENSE, PACKED, SEMI, Choice, stays_dense
 from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
 
-_STATES = {DENSE: "dense", PACKED: "would pack"}
+_STATES = {DENSE: "dense", PACKED: "would pack", SEMI: "would be semi_structured"}
 
 
 def preview(model: nn.Module, rules: Rules, example_inputs: Any = None) -> Report:
@@ -101,10 +102,8 @@ def _choice(
 
 def _random(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
     """A random weight like the given one that satisfies the pattern."""
-    if weight.device.type != "cpu":
-        return weight  # is not timed
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    values = torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
     return nm_project(values, pattern, dim)
 
 
@@ -119,6 +118,11 @@ def _row(decision: Decision, choice: Choice | None) -> Row:
         )
     if choice.name == PACKED:
         stored = packed_weight_bytes(c.shape, c.dim, c.groups, pattern, itemsize)
+    elif choice.name == SEMI:
+        assert isinstance(tensor, Tensor), c.name
+        backend = semi_structured.backend_of(tensor.device)
+        assert isinstance(backend, semi_structured.Backend), backend
+        stored = semi_structured.compressed_bytes(c.shape[1 - c.dim], c.shape[c.dim], backend)
     elif choice.name != DENSE:
         stored = 2 * dense
     return Row(

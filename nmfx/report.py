@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import MEASURED, NOTES, SKIPPED, get_path, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, get_path, stored_names
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -30,9 +30,10 @@ class Row:
         kind: "linear", "addmm", "conv", "conv_transpose", or the class of what nmfx leaves alone.
         shape: of the dense weight.
         pattern: the pattern in force, or None for a dense layer.
-        state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed", "prepacked"
-            (dense, with a copy in oneDNN's layout) or "dense"; from `nmfx.preview`, "would pack",
-            "would prepack" or "dense".
+        state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed",
+            "semi_structured" (2:4 on a GPU's sparse tensor cores), "prepacked" (dense, with a copy
+            in oneDNN's layout) or "dense"; from `nmfx.preview`, "would pack", "would be
+            semi_structured", "would prepack" or "dense".
         capture: "leaf", "scoped" or "graph" for rewritten layers, else "".
         lambda_w: strength of the SR-STE decay; None for a dense or lowered layer.
         attached: whether an optimizer applies the decay (`nmfx.attach`).
@@ -229,8 +230,8 @@ def _explanation(candidate: Candidate) -> str:
 
 def _itemsize(candidate: Candidate) -> int:
     path = candidate.path
-    if candidate.site is not None and candidate.site.state == "packed":
-        path = packed_names(path)[0]
+    if candidate.site is not None:
+        path = stored_names(candidate.site)[0]
     try:
         tensor = get_path(candidate.host, path)
     except AttributeError:
@@ -242,10 +243,8 @@ def _stored_bytes(candidate: Candidate, dense: int) -> int:
     assert candidate.site is not None
     if candidate.site.state == "prepacked":
         return 2 * dense
-    if candidate.site.state != "packed":
-        return dense
-    buffers = [get_path(candidate.host, name) for name in packed_names(candidate.path)]
-    return sum(buffer.numel() * buffer.dtype.itemsize for buffer in buffers)
+    tensors = [get_path(candidate.host, name) for name in stored_names(candidate.site)]
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

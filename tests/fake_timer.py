@@ -27,7 +27,11 @@ class FakeTimer:
         self.cold: list[bool] = []
 
     def __call__(
-        self, candidates: Mapping[str, Any], evict: Any = None, budget_s: float = 0.0
+        self,
+        candidates: Mapping[str, Any],
+        evict: Any = None,
+        budget_s: float = 0.0,
+        device: Any = None,
     ) -> dict[str, float]:
         if set(candidates) == {"model"}:
             candidates["model"]()

@@ -1,4 +1,4 @@
-"""Training on a GPU: eager against the CPU, compiled against eager. Skipped without a GPU."""
+"""Training and lowering on a GPU. Skipped without one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import nmfx
+from nmfx.kernels import semi_structured as semi
 from nmfx.ops import compiled as compiled_ops
 
 pytestmark = [
@@ -80,3 +81,93 @@ def test_no_mask_reaches_the_host() -> None:
         step(model, model, x, half=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- lowering ---------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(1024, 2048)
+        self.fc2 = nn.Linear(2048, 1040, bias=False)
+        self.head = nn.Linear(1040, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc2(self.fc1(x).relu()))
+
+
+def masked(pattern: str = "2:4") -> nn.Module:
+    torch.manual_seed(0)
+    return nmfx.sparsify(Mlp().cuda().bfloat16(), pattern).eval()
+
+
+def semi_structured(model: nn.Module) -> list[str]:
+    return [row.fqn for row in nmfx.report(model) if row.state == "semi_structured"]
+
+
+def test_semi_structured_layers_compute_what_dense_ones_do() -> None:
+    reason = semi.backend_of(torch.device("cuda"))
+    if isinstance(reason, str):
+        pytest.skip(reason)
+    for pattern in ("2:4", "1:4", "1:16"):
+        model = masked(pattern)
+        folded, fast = nmfx.fold(model), nmfx.lower(model, tune=False)
+        assert semi_structured(fast) == ["fc1.weight", "fc2.weight"]
+        for name in ("fc1", "fc2"):
+            assert torch.equal(fast.get_submodule(name).weight, folded.get_submodule(name).weight)
+        for shape in ((1, 1024), (13, 1024), (2, 64, 1024), (0, 1024), (1024,)):
+            x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            torch.testing.assert_close(fast(x), folded(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 8,
+    reason="CUTLASS's kernels are for compute capability 8.x",
+)
+def test_cutlass_computes_what_dense_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    test_semi_structured_layers_compute_what_dense_ones_do()
+
+
+def test_lowered_on_a_gpu_is_measured_and_right() -> None:
+    model = masked()
+    x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16)
+    folded, fast = nmfx.fold(model), nmfx.lower(model, (x,))
+    torch.testing.assert_close(fast(x), folded(x), rtol=2e-2, atol=2e-2)
+    report = nmfx.report(fast)
+    assert torch.cuda.get_device_name() in str(report)
+    assert all(row.ms_dense for row in report if row.pattern is not None)
+
+
+def test_a_lowered_model_neither_waits_nor_breaks_cuda_graphs() -> None:
+    fast = nmfx.lower(masked(), tune=False)
+    x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = fast(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fast(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fast(x)
+        graph.replay()
+        assert torch.equal(out, wanted)
+        torch.compiler.reset()
+        compiled = torch.compile(fast, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_packed_layers_move_to_a_gpu_and_compressed_ones_stay_there() -> None:
+    model = masked().cpu()
+    folded = nmfx.fold(model).cuda()
+    x = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    moved = nmfx.lower(model, tune=False).cuda()
+    torch.testing.assert_close(moved(x), folded(x), rtol=2e-2, atol=2e-2)
+    compressed = nmfx.lower(model.cuda(), tune=False)
+    if semi.backend_of(torch.device("cuda")) is semi.CUSPARSELT:
+        with pytest.raises(nmfx.NMError, match="runs on the GPU it was compressed on"):
+            compressed.cpu()(x.cpu())

@@ -241,7 +241,7 @@ def test_a_packed_convolution_that_computes_something_else_is_out(
 @pytest.mark.parametrize("large", [False, True])
 def test_large_models_are_timed_cold(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = install(monkeypatch, PACKED_WINS)
-    monkeypatch.setattr("nmfx.tuning.bench.cache_bytes", lambda: 1000 if large else 10**9)
+    monkeypatch.setattr("nmfx.tuning.bench.cache_bytes", lambda device: 1000 if large else 10**9)
     lowered = nmfx.lower(sparse(), (X,))
     assert fake.cold == [large, large]
     assert any(f"weights {'cold' if large else 'warm'}" in n for n in nmfx.report(lowered).notes)
@@ -358,7 +358,7 @@ def test_timings_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(fake.asked) == 4, "another pattern is another key"
     nmfx.lower(sparse(), (X[:1],))
     assert len(fake.asked) == 6, "another shape is another key"
-    monkeypatch.setattr("nmfx.tuning.bench.kernel_status", lambda: "new kernels")
+    monkeypatch.setattr("nmfx.tuning.bench.kernel_status", lambda device: "new kernels")
     nmfx.lower(sparse(), (X,))
     assert len(fake.asked) == 8, "other kernels are another key"
 

@@ -82,7 +82,7 @@ def test_shapes_with_gaps_count_as_contiguous() -> None:
         (seen,) = record(fc, x)["weight"]
         rows = x.numel() // 4
         assert (seen.rows, seen.strides) == (rows, (4, 1))
-        assert make_input(seen).shape == (rows, 4)
+        assert make_input(seen, x.device).shape == (rows, 4)
 
 
 def test_shapes_under_autocast() -> None:
@@ -94,7 +94,7 @@ def test_shapes_under_autocast() -> None:
 
 def test_made_inputs_are_like_the_seen_ones_and_use_no_random_state() -> None:
     before = torch.get_rng_state()
-    x = make_input(Seen((2, 4, 3, 3), (36, 1, 12, 4), "torch.bfloat16"))
+    x = make_input(Seen((2, 4, 3, 3), (36, 1, 12, 4), "torch.bfloat16"), torch.device("cpu"))
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (x.dtype, x.shape) == (torch.bfloat16, (2, 4, 3, 3))
     assert torch.equal(torch.get_rng_state(), before)

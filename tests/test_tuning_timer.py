@@ -96,4 +96,4 @@ def test_a_cache_larger_than_the_cores_can_have_is_not_believed(
 ) -> None:
     monkeypatch.setattr(hardware.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(hardware, "parse_size", lambda text: 480 * 2**20)
-    assert hardware.cache_bytes.__wrapped__() == 16 * 2**20
+    assert hardware._cpu_cache_bytes.__wrapped__() == 16 * 2**20

@@ -16,7 +16,7 @@ from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
 from .scoped import attention_paths
-from .site import SITES, Holder, Site, get_path, holder_of, join, packed_names
+from .site import SITES, Holder, Site, get_path, holder_of, join, stored_names
 from .tracer import Untraceable
 
 
@@ -211,7 +211,13 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
     # Execution order, which tells the output layer.
     read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
     place = {name: number for number, name in reversed(list(enumerate(read)))}
-    return sorted(found, key=lambda c: place.get(c.path, place.get(packed_names(c.path)[0], 0)))
+
+    def first_read(candidate: Candidate) -> int:
+        site = candidate.site
+        name = candidate.path if site is None else stored_names(site)[0]
+        return place.get(name, 0)
+
+    return sorted(found, key=first_read)
 
 
 def _groups(use: Use) -> int:

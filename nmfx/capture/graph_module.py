@@ -20,10 +20,21 @@ from ..graph.rewrite import (
     insert_sr_ste,
     remove_inserted,
     replace_with_packed,
+    replace_with_semi_structured,
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
-from .site import HOLDER, SITES, Holder, Site, control_name, holder_of, mask_name, packed_names
+from .site import (
+    HOLDER,
+    SITES,
+    Holder,
+    Site,
+    compressed_names,
+    control_name,
+    holder_of,
+    mask_name,
+    packed_names,
+)
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -91,6 +102,10 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
         if site.state == "packed":
             values, index = packed_names(site.path)
             replace_with_packed(gm.graph, uses, values, index, site.shape, site.pattern)
+        elif site.state == "semi_structured":
+            assert site.dtype is not None
+            names = compressed_names(site.path)
+            replace_with_semi_structured(gm.graph, uses, *names, site.shape, site.dtype)
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:

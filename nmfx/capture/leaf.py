@@ -14,10 +14,20 @@ from ..graph.rewrite import (
     insert_sr_ste,
     replace_with_packed,
     replace_with_prepacked,
+    replace_with_semi_structured,
 )
+from ..kernels.semi_structured import decompress
 from .generate import base_class, compile_forward, generated_class
 from .packed import unpack_weight
-from .site import COPY, SITES, Site, control_name, mask_name, packed_names
+from .site import (
+    COPY,
+    SITES,
+    Site,
+    compressed_names,
+    control_name,
+    mask_name,
+    packed_names,
+)
 from .tracer import Untraceable, trace_late_bound
 
 WEIGHT = "weight"
@@ -55,6 +65,11 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         names = packed_names(WEIGHT)
         replace_with_packed(graph, uses, *names, site.shape, site.pattern, site.activation)
         members["weight"] = property(_unpacked_weight)
+    elif site.state == "semi_structured":
+        assert site.dtype is not None
+        names = compressed_names(WEIGHT)
+        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype)
+        members["weight"] = property(_decompressed_weight)
     elif site.state == "prepacked":
         replace_with_prepacked(graph, uses, COPY, site.shape)
     elif site.state == "frozen":
@@ -73,6 +88,14 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         lambda: compile_forward(code.src, code.globals),
         **members,
     )
+
+
+def _decompressed_weight(self: Any) -> Tensor:
+    """The same of a semi-structured layer."""
+    site = self.__dict__[SITES][0]
+    sizes = site.shape[1 - site.dim], site.shape[site.dim]
+    rows = decompress(self.weight_compressed, self.weight_meta, *sizes, site.dtype)
+    return rows if site.dim == 1 else rows.t()
 
 
 def _unpacked_weight(self: Any) -> Tensor:

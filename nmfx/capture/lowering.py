@@ -1,11 +1,12 @@
 """One layer of a folded model lowered, and all of them made dense again.
 
     weight (Parameter)    pack      weight_values, weight_index (buffers), linear_nm
+                          compress  weight_compressed, weight_meta (buffers), semi-structured
                           prepack   weight (Parameter) and a copy outside the state
                    <---   undo      bit for bit the folded weight
 
-Packing deletes the dense weight as its last step, so whatever interrupts it, the weight is still
-there in one of the two forms, and `undo` tells which.
+Packing and compressing delete the dense weight as their last step, so whatever interrupts them, the
+weight is still there in one of its forms, and `undo` tells which.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import NMError
+from ..kernels import semi_structured
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
@@ -28,6 +31,7 @@ from .site import (
     SITES,
     Holder,
     Site,
+    compressed_names,
     get_path,
     holder_of,
     packed_names,
@@ -42,19 +46,22 @@ class Target:
         candidate: the layer.
         pattern: the pattern that its weight satisfies.
         bytes: of the dense weight.
+        device: where it is.
     """
 
     candidate: Candidate
     pattern: Pattern
     bytes: int = field(init=False)
+    device: torch.device = field(init=False)
+    _dtype: torch.dtype = field(init=False)
     _order: list[str] = field(init=False)  # of the owner's parameters
     _requires_grad: bool = field(init=False)
 
     def __post_init__(self) -> None:
         owner, _ = self.owner
         self._order = list(owner._parameters)
-        self.bytes = self.weight.nbytes
-        self._requires_grad = self.weight.requires_grad
+        self.bytes, self.device = self.weight.nbytes, self.weight.device
+        self._dtype, self._requires_grad = self.weight.dtype, self.weight.requires_grad
 
     @property
     def owner(self) -> tuple[nn.Module, str]:
@@ -70,7 +77,7 @@ class Target:
 
     @property
     def state(self) -> str:
-        """What it is now: "packed", "prepacked" or, not lowered, "dense"."""
+        """What it is now: the state of its site or, not lowered, "dense"."""
         c = self.candidate
         store = holder_of(c.host) if c.capture == "graph" else c.host
         sites = store.__dict__.get(SITES, ()) if store is not None else ()
@@ -83,9 +90,30 @@ class Target:
         weight = owner._parameters[name]
         assert weight is not None
         packed = pack_weight(weight, self.candidate.dim, self.candidate.groups, self.pattern)
-        for buffer_name, tensor in zip(packed_names(name), packed, strict=True):
+        self._replace(dict(zip(packed_names(name), packed, strict=True)), "packed")
+
+    @torch.no_grad()
+    def compress(self) -> None:
+        """Swaps the weight for the form that sparse tensor cores read; the dense weight is freed.
+
+        Raises:
+            NMError: the weight or its device has no such form.
+        """
+        owner, name = self.owner
+        weight = owner._parameters[name]
+        assert weight is not None
+        backend = semi_structured.backend_of(weight.device)
+        if isinstance(backend, str):
+            raise NMError(f"{self.candidate.name}: {backend}")
+        rows = weight if self.candidate.dim == 1 else weight.t()
+        tensors = semi_structured.compress(rows, backend)
+        self._replace(dict(zip(compressed_names(name), tensors, strict=True)), "semi_structured")
+
+    def _replace(self, buffers: dict[str, Tensor], state: str) -> None:
+        owner, name = self.owner
+        for buffer_name, tensor in buffers.items():
             owner.register_buffer(buffer_name, tensor)
-        self._add_site("packed")  # while the weight still exists: graph uses are found by its name
+        self._add_site(state)  # while the weight still exists: graph uses are found by its name
         del owner._parameters[name]
 
     def prepack(self) -> None:
@@ -107,6 +135,7 @@ class Target:
             c.capture,
             state,
             groups=c.groups,
+            dtype=self._dtype if state == "semi_structured" else None,
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)
@@ -126,23 +155,36 @@ class Target:
     def restore_weight(self) -> None:
         """Makes the weight a dense parameter again, if it is not, and forgets the site."""
         owner, name = self.owner
-        values, index = packed_names(name)
+        names = *packed_names(name), *compressed_names(name)
         c = self.candidate
         if name not in owner._parameters:
-            buffers = owner._buffers[values], owner._buffers[index]
-            assert buffers[0] is not None and buffers[1] is not None  # noqa: PT018
-            dense = unpack_weight(buffers[0], buffers[1], c.shape, c.dim, c.groups, self.pattern)
+            dense = self._dense(*(owner._buffers.get(key) for key in names))
             weight = nn.Parameter(dense.contiguous(), self._requires_grad)
             owner._parameters[name] = weight
             for key in self._order:  # the order is that of state_dict and of optimizers
                 if key in owner._parameters:  # the others are still to come
                     owner._parameters[key] = owner._parameters.pop(key)
-        owner._buffers.pop(values, None)
-        owner._buffers.pop(index, None)
+        for key in names:
+            owner._buffers.pop(key, None)
         store = holder_of(c.host) if c.capture == "graph" else c.host
         if store is not None and SITES in store.__dict__:
             sites = [site for site in store.__dict__[SITES] if site.path != c.path]
             store.__dict__[SITES] = sites
+
+    def _dense(
+        self,
+        values: Tensor | None,
+        index: Tensor | None,
+        compressed: Tensor | None,
+        meta: Tensor | None,
+    ) -> Tensor:
+        c = self.candidate
+        if values is not None and index is not None:
+            return unpack_weight(values, index, c.shape, c.dim, c.groups, self.pattern)
+        assert compressed is not None and meta is not None  # noqa: PT018
+        sizes = c.shape[1 - c.dim], c.shape[c.dim]
+        rows = semi_structured.decompress(compressed, meta, *sizes, self._dtype)
+        return rows if c.dim == 1 else rows.t()
 
 
 class Undo:

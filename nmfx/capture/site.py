@@ -40,11 +40,13 @@ class Site:
         lambda_w: the strength of the SR-STE decay, wherever it is applied.
         kind: "linear", "addmm", "conv" or "conv_transpose", how the weight is consumed.
         capture: "leaf", "scoped" or "graph", how the consumer was rewritten.
-        state: "sparse", "frozen" (fixed mask), or, lowered, "packed" or "prepacked" (dense, with a
-            copy in oneDNN's layout).
+        state: "sparse", "frozen" (fixed mask), or, lowered, "packed", "semi_structured" (2:4 for
+            the sparse tensor cores of a GPU) or "prepacked" (dense, with a copy in oneDNN's
+            layout).
         attached: the token of the optimizer hook that applies the decay, or None (in backward).
         groups: of a convolution, else 1.
         activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
+        dtype: of a semi-structured weight, whose tensors are integers; else None.
     """
 
     path: str
@@ -59,11 +61,12 @@ class Site:
     attached: object | None = None
     groups: int = 1
     activation: str = "none"
+    dtype: torch.dtype | None = None
 
     @property
     def lowered(self) -> bool:
         """Whether `nmfx.lower` is done with it: no mask, no schedule."""
-        return self.state in ("packed", "prepacked")
+        return self.state in ("packed", "semi_structured", "prepacked")
 
     @property
     def lambda_in_backward(self) -> float:
@@ -155,6 +158,18 @@ def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
 def packed_names(path: str) -> tuple[str, str]:
     """The buffers that replace a parameter when it is packed: (values, index)."""
     return f"{path}_values", f"{path}_index"
+
+
+def compressed_names(path: str) -> tuple[str, str]:
+    """The buffers that replace a parameter when it is semi-structured: (compressed, meta)."""
+    return f"{path}_compressed", f"{path}_meta"
+
+
+def stored_names(site: Site) -> tuple[str, ...]:
+    """The tensors that hold the weight of a site, in the state that it is in."""
+    if site.state == "packed":
+        return packed_names(site.path)
+    return compressed_names(site.path) if site.state == "semi_structured" else (site.path,)
 
 
 def get_path(module: nn.Module, path: str) -> Any:

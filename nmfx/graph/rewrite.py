@@ -10,6 +10,10 @@
                 conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
                 nmfx_conv_nm(x, values, index, bias, stride, padding, dilation, groups, shape, n, m)
 
+    semi-structured   linear(x, weight, bias)        becomes
+                nmfx_linear_semi_structured(x, compressed, meta, bias, out_features, in_features,
+                                            dtype)
+
     prepacked   linear(x, weight, bias)              becomes
                 nmfx_linear_prepacked(x, weight, bias, copy, transposed)
                 conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
@@ -25,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..ops.conv_nm import conv_nm
@@ -32,6 +37,7 @@ from ..ops.conv_prepacked import conv_prepacked
 from ..ops.keep import keep
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
+from ..ops.linear_semi_structured import linear_semi_structured
 from ..ops.sr_ste import sr_ste
 from ..pattern import Pattern
 from .table import Consumer, argument, consumer_of, conv_arguments
@@ -113,13 +119,9 @@ def replace_with_packed(
     `addmm` is taken as (bias, input, weight) with alpha = beta = 1: check with `can_pack`.
     """
     for use in uses:
-        node = use.node
+        node, (inputs, bias) = use.node, _operands(use)
         target: Callable[..., object] = linear_nm
         rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
-        if use.consumer.family == "addmm":
-            inputs, bias = argument(node, 1, "mat1"), added(node)
-        else:
-            inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
         if use.consumer.family == "conv":
             constants = conv_arguments(node.target, node.args, node.kwargs).values()
             target, rest = conv_nm, (*constants, tuple(shape))
@@ -128,10 +130,28 @@ def replace_with_packed(
             given: dict[str, Any] = {} if activation == "none" else {"activation": activation}
             arguments = (inputs, *packed, bias, *rest, pattern.n, pattern.m)
             call = graph.call_function(target, arguments, given)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-        if not use.weight.users:
-            graph.erase_node(use.weight)
+        _swap(graph, use, call)
+
+
+def replace_with_semi_structured(
+    graph: fx.Graph,
+    uses: Iterable[Use],
+    compressed: str,
+    meta: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Replaces the linear consumers of a weight of `shape` by linear_semi_structured.
+
+    Check with `can_pack`, as for `replace_with_packed`.
+    """
+    for use in uses:
+        inputs, bias = _operands(use)
+        constants = shape[1 - use.consumer.dim], shape[use.consumer.dim], dtype
+        with graph.inserting_before(use.node):
+            tensors = [graph.create_node("get_attr", name) for name in (compressed, meta)]
+            call = graph.call_function(linear_semi_structured, (inputs, *tensors, bias, *constants))
+        _swap(graph, use, call)
 
 
 def replace_with_prepacked(
@@ -143,11 +163,7 @@ def replace_with_prepacked(
     as for `replace_with_packed`.
     """
     for use in uses:
-        node, family = use.node, use.consumer.family
-        if family == "addmm":
-            inputs, bias = argument(node, 1, "mat1"), added(node)
-        else:
-            inputs, bias = argument(node, 0, "input"), argument(node, 2, "bias")
+        node, family, (inputs, bias) = use.node, use.consumer.family, _operands(use)
         with graph.inserting_before(node):
             store = graph.create_node("get_attr", copy)
             target: Callable[..., object] = linear_prepacked
@@ -158,6 +174,21 @@ def replace_with_prepacked(
             call = graph.call_function(target, (inputs, use.weight, bias, *rest))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _operands(use: Use) -> tuple[Any, Any]:
+    """(input, bias) of a consumer."""
+    if use.consumer.family == "addmm":
+        return argument(use.node, 1, "mat1"), added(use.node)
+    return argument(use.node, 0, "input"), argument(use.node, 2, "bias")
+
+
+def _swap(graph: fx.Graph, use: Use, call: fx.Node) -> None:
+    """Puts `call` in the place of a consumer; the weight's node goes with its last reader."""
+    use.node.replace_all_uses_with(call)
+    graph.erase_node(use.node)
+    if not use.weight.users:
+        graph.erase_node(use.weight)
 
 
 def can_pack(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..calls import TOLERANCE, relative_error
 from . import cache, timer
 from .decide import DENSE, Choice, Timing, decide
-from .hardware import cache_bytes, cpu_model, kernel_digest, kernel_status
+from .hardware import cache_bytes, kernel_digest, kernel_status, processor
 from .layers import Layer, Run, candidates, multiply_adds, names
 from .shapes import Seen, make_input
 
@@ -39,9 +40,23 @@ class Bench:
 
     def __post_init__(self) -> None:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.cold = sum(t.nbytes for t in tensors) > cache_bytes()
-        size = _EVICT * cache_bytes()
-        self._evict = timer.make_evict(self.model, size, lambda: self._current)
+        self._bytes = Counter[torch.device]()
+        for tensor in tensors:
+            self._bytes[tensor.device] += tensor.nbytes
+        self._evicts: dict[torch.device, Callable[[], object]] = {}
+        self._devices: dict[torch.device, None] = {}  # of the layers that were asked for, in order
+
+    def is_cold(self, device: torch.device) -> bool:
+        """Whether the model's layers on a device meet their weights outside its cache."""
+        return self._bytes[device] > cache_bytes(device)
+
+    def _evict(self, device: torch.device) -> Callable[[], object] | None:
+        if not self.is_cold(device):
+            return None
+        if device not in self._evicts:
+            size = _EVICT * cache_bytes(device)
+            self._evicts[device] = timer.make_evict(self.model, size, lambda: self._current, device)
+        return self._evicts[device]
 
     def choose(self, name: str, layer: Layer, shapes: Mapping[Seen, int], every: bool) -> Choice:
         """The best candidate of a layer for inputs `shapes` ({input: how many calls have it}).
@@ -52,6 +67,7 @@ class Bench:
             shapes: at least one.
             every: see `decide`.
         """
+        self._devices[layer.weight.device] = None
         # Made for the first shape that is not known, and only then: packing takes a while.
         made = functools.cache(lambda bias, rest: candidates(layer, bias, rest))
         with torch.no_grad():
@@ -65,13 +81,21 @@ class Bench:
 
     def notes(self) -> list[str]:
         """For the report: where the numbers come from."""
-        state = "cold: the model is larger than" if self.cold else "warm: the model fits into"
+        devices = list(self._devices) or [torch.device("cpu")]
         return [
-            f"{cpu_model()}; threads: {torch.get_num_threads()}; torch {torch.__version__}",
-            kernel_status(),
-            f"weights {state} the cache of {cache_bytes() / 2**20:g} MiB",
+            *(note for device in devices for note in self._notes(device)),
             f"(layer, shape) pairs timed now: {self.timed}, known before: {self.remembered}",
             *self.dropped,
+        ]
+
+    def _notes(self, device: torch.device) -> list[str]:
+        cold = self.is_cold(device)
+        state = "cold: the model is larger than" if cold else "warm: the model fits into"
+        threads = f"threads: {torch.get_num_threads()}; " if device.type == "cpu" else ""
+        return [
+            f"{processor(device)}; {threads}torch {torch.__version__}",
+            kernel_status(device),
+            f"weights {state} the cache of {cache_bytes(device) / 2**20:g} MiB",
         ]
 
     def _ms(
@@ -93,15 +117,17 @@ class Bench:
     def _measure(
         self, name: str, runs: dict[str, Run], seen: Seen, layer: Layer
     ) -> dict[str, float]:
-        x = make_input(seen)
+        device = layer.weight.device
+        x = make_input(seen, device)
         dtype = None if seen.autocast is None else getattr(torch, seen.autocast[6:])
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             right = self._right(name, runs, x)
             self._current = layer.weight
             try:
                 return timer.measure(
                     {key: functools.partial(runs[key], x) for key in right},
-                    self._evict if self.cold else None,
+                    self._evict(device),
+                    device=device,
                 )
             finally:
                 self._current = None
@@ -111,7 +137,11 @@ class Bench:
         expected = runs[DENSE](x)
         right = []
         for key, run in runs.items():
-            error = relative_error(expected, run(x))
+            try:
+                error = relative_error(expected, run(x))
+            except RuntimeError as why:  # a library that does not take the shape, or out of memory
+                self.dropped.append(f"{name}: {key} failed and was not used: {_line(why)}")
+                continue
             if error <= TOLERANCE.get(expected.dtype, 0.0):
                 right.append(key)
             else:
@@ -122,11 +152,11 @@ class Bench:
     def _key(self, layer: Layer, seen: Seen) -> dict[str, object]:
         """Everything that a timing depends on, as values that JSON holds."""
         return {
-            "cpu": cpu_model(),
+            "processor": processor(layer.weight.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "kernels": [kernel_status(), kernel_digest()],
-            "cold": self.cold,
+            "kernels": [kernel_status(layer.weight.device), kernel_digest()],
+            "cold": self.is_cold(layer.weight.device),
             "candidates": names(layer),
             "kind": layer.kind,
             "weight": [list(layer.weight.shape), str(layer.weight.dtype)],
@@ -135,3 +165,7 @@ class Bench:
             "bias": seen.bias,
             "rest": repr(seen.rest),
         }
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,8 +10,8 @@ from ..capture.candidates import Candidate
 from ..capture.site import get_path
 from ..pattern import Pattern
 from .bench import Bench
-from .decide import Choice, stays_dense
-from .layers import Layer
+from .decide import DENSE, PACKED, SEMI, Choice, stays_dense
+from .layers import Layer, names, obstacles
 from .shapes import Seen
 from .table import assumed
 
@@ -35,8 +35,8 @@ def choose(
         seen: the inputs it met and how often, or None to assume some.
         prepack: whether a second copy of the weight is allowed.
     """
-    if weight.device.type != "cpu":
-        return stays_dense(f"it is on {weight.device.type}, and only the CPU is timed so far")
+    if weight.device.type not in ("cpu", "cuda"):
+        return stays_dense(f"it is on {weight.device.type}, where nmfx times nothing")
     if seen is not None and not seen:
         return stays_dense("the example inputs never reach it")
     if seen is None and candidate.kind == "conv":
@@ -48,7 +48,20 @@ def choose(
     prepack = prepack and candidate.capture == "leaf"
     c = candidate
     layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack)
+    if names(layer) == [DENSE]:
+        reasons = obstacles(layer)
+        return stays_dense("; ".join(text for key in (SEMI, PACKED) if (text := reasons[key])))
     return bench.choose(candidate.name, layer, shapes, every=seen is None)
+
+
+def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Choice:
+    """The smallest form that a layer can have on the device of its weight; nothing is timed."""
+    c = candidate
+    reasons = obstacles(Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False))
+    for name in (PACKED, SEMI):
+        if reasons[name] is None:
+            return Choice(name, 0.0, 0.0, "")
+    return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED]}")
 
 
 def _has_bias(candidate: Candidate) -> bool:

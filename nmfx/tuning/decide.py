@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # Medians of two runs of the same candidate differ by up to this share on a shared machine.
 TIE = 0.03
 
-DENSE, PREPACKED, PACKED = "dense", "prepacked", "packed"
+DENSE, PREPACKED, PACKED, SEMI = "dense", "prepacked", "packed", "semi_structured"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Choice:
     """What a layer becomes.
 
     Attributes:
-        name: "dense", "prepacked" or "packed".
+        name: "dense", "prepacked", "packed" or "semi_structured".
         ms_dense, ms: milliseconds over all calls, dense and as chosen.
         reason: the measured ratios in words, or why nothing was measured.
         rows: rows of the inputs that were measured; empty if nothing was.
@@ -66,8 +66,10 @@ def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
             return False
         return total[name] < total[other] * (1 - tie)
 
-    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED, 0.0):
+    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED, 0.0) and beats(PACKED, SEMI, 0.0):
         chosen = PACKED
+    elif beats(SEMI, DENSE):
+        chosen = SEMI
     elif beats(PREPACKED, DENSE):
         chosen = PREPACKED
     else:
@@ -79,7 +81,7 @@ def _reason(chosen: str, total: Mapping[str, float], every: bool) -> str:
     ratios = {name: total[DENSE] / ms for name, ms in total.items() if name != DENSE}
     if not ratios:
         return "no other candidate"
-    texts = [f"{name} {ratio:.2f}x" for name, ratio in ratios.items()]
+    texts = [f"{name.replace('_', '-')} {ratio:.2f}x" for name, ratio in ratios.items()]
     text = f"{', '.join(texts)} as fast as dense"
     if chosen == DENSE and max(ratios.values()) >= 1:
         if every and max(ratios.values()) * (1 - TIE) > 1:
@@ -96,7 +98,7 @@ def packed_share(choices: Iterable[Choice]) -> str | None:
     total = sum(choice.multiply_adds for choice in choices)
     if not total:
         return None
-    packed = sum(choice.multiply_adds for choice in choices if choice.name == PACKED)
+    packed = sum(choice.multiply_adds for choice in choices if choice.name in (PACKED, SEMI))
     return (
         f"packed kernels carry {packed / total:.0%} of the multiply-adds of the N:M layers that "
         f"were measured, counted dense"

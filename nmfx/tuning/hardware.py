@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import cpu
+from ..kernels import cpu, semi_structured
 
 # The last-level cache of the AMD EPYC that nmfx was developed on; where the system does not tell, a
 # model below this size is timed with its weights in the cache.
@@ -20,9 +20,21 @@ DEFAULT_CACHE_BYTES = 32 * 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def kernel_status() -> str:
-    """The packed kernels in use, in words; part of the key of every cached timing."""
-    return cpu.status()
+_CPU = torch.device("cpu")
+
+
+def kernel_status(device: torch.device = _CPU) -> str:
+    """The sparse kernels in use on a device, in words; part of the key of every cached timing."""
+    return semi_structured.status(device) if device.type == "cuda" else cpu.status()
+
+
+def processor(device: torch.device) -> str:
+    """Name of what computes on a device, with what tells it from others of the name."""
+    if device.type != "cuda":
+        return cpu_model()
+    found = torch.cuda.get_device_properties(device)
+    libraries = f"CUDA {torch.version.cuda}, cuSPARSELt {torch.backends.cusparselt.version()}"
+    return f"{found.name}, compute capability {found.major}.{found.minor}, {libraries}"
 
 
 @functools.cache
@@ -53,9 +65,15 @@ def cpu_model() -> str:
 MOST_CACHE_PER_CORE = 16 * 2**20
 
 
+def cache_bytes(device: torch.device = _CPU) -> int:
+    """Size of the last-level cache that a device may count on, or a default if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return _cpu_cache_bytes()
+
+
 @functools.cache
-def cache_bytes() -> int:
-    """Size of the last-level cache that this machine may count on, or a default if unknown."""
+def _cpu_cache_bytes() -> int:
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture.packed import pack_weight
+from ..kernels import semi_structured
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
+from ..ops.linear_semi_structured import linear_semi_structured
 from ..ops.weight_copy import WeightCopy, can_prepack
 from ..pattern import Pattern
-from .decide import DENSE, PACKED, PREPACKED
+from .decide import DENSE, PACKED, PREPACKED, SEMI
 from .shapes import Seen
 
 Run = Callable[[Tensor], Tensor]
@@ -52,8 +54,17 @@ class Layer:
 
 def names(layer: Layer) -> list[str]:
     """The candidates that `candidates` makes for a layer; dense comes first."""
-    prepack = layer.prepack and can_prepack(layer.weight) is None
-    return [DENSE, *([PREPACKED] if prepack else []), PACKED]
+    return [DENSE, *(name for name, why in obstacles(layer).items() if why is None)]
+
+
+def obstacles(layer: Layer) -> dict[str, str | None]:
+    """Why each form other than dense is no candidate for a layer; None for those that are."""
+    device = layer.weight.device.type
+    return {
+        PREPACKED: can_prepack(layer.weight) if layer.prepack else "no second copy is allowed",
+        SEMI: semi_structured.why_not(layer.weight, layer.dim),
+        PACKED: None if device == "cpu" else f"packed kernels run on the CPU, not on {device}",
+    }
 
 
 def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> dict[str, Run]:
@@ -64,8 +75,12 @@ def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> d
         bias: whether it has one; an invented one is added.
         rest: the other arguments of a convolution, see `Seen`.
     """
-    made = _convs(layer, bias, dict(rest)) if layer.kind == "conv" else _linears(layer, bias)
-    return {name: made[name] for name in names(layer)}
+    wanted = names(layer)
+    if layer.kind == "conv":
+        made = _convs(layer, bias, dict(rest))
+    else:
+        made = _linears(layer, bias, semi=SEMI in wanted)
+    return {name: made[name] for name in wanted}
 
 
 def multiply_adds(layer: Layer, seen: Seen) -> int:
@@ -82,7 +97,7 @@ def _bias(layer: Layer, outputs: int, wanted: bool) -> Tensor | None:
     return layer.weight.new_zeros(outputs) if wanted else None
 
 
-def _linears(layer: Layer, bias: bool) -> dict[str, Run]:
+def _linears(layer: Layer, bias: bool, semi: bool) -> dict[str, Run]:
     weight, transposed = layer.weight.detach(), layer.dim == 0
     outputs, inputs = weight.shape[1 - layer.dim], weight.shape[layer.dim]
     vector = _bias(layer, outputs, bias)
@@ -94,11 +109,19 @@ def _linears(layer: Layer, bias: bool) -> dict[str, Run]:
             return torch.addmm(vector, x, weight)  # type: ignore[arg-type]  # it has a bias
         return F.linear(x, weight, vector)
 
-    return {
+    made = {
         DENSE: dense,
         PREPACKED: lambda x: linear_prepacked(x, weight, vector, copy, transposed),
         PACKED: lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m),
     }
+    if semi:
+        backend = semi_structured.backend_of(weight.device)
+        assert not isinstance(backend, str), backend
+        tensors = semi_structured.compress(weight.t() if transposed else weight, backend)
+        made[SEMI] = lambda x: linear_semi_structured(
+            x, *tensors, vector, outputs, inputs, weight.dtype
+        )
+    return made
 
 
 def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Run]:

@@ -31,7 +31,7 @@ class Seen:
             count as (rows, in_features), however they are batched.
         dtype: of the input, as a string.
         bias: whether there is one.
-        autocast: the dtype that the CPU's autocast would compute in, as a string, or None.
+        autocast: the dtype that autocast would compute in, as a string, or None.
         rest: the other arguments of a convolution, as (keyword, value) pairs.
     """
 
@@ -101,13 +101,14 @@ def describe(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> See
     else:
         arguments = conv_arguments(func, args, kwargs)
         rest = tuple((name, _frozen(value)) for name, value in arguments.items())
-    autocast = torch.is_autocast_enabled("cpu")
+    device = inputs.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return Seen(
         shape,
         tuple(strides),
         str(inputs.dtype),
         bias is not None,
-        str(torch.get_autocast_dtype("cpu")) if autocast else None,
+        str(torch.get_autocast_dtype(device)) if autocast else None,
         rest,
     )
 
@@ -120,9 +121,9 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def make_input(seen: Seen) -> Tensor:
-    """A random input like the one seen; torch's random state is left alone."""
+def make_input(seen: Seen, device: torch.device) -> Tensor:
+    """A random input like the one seen, on `device`; torch's random state is left alone."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, seen.dtype.removeprefix("torch."))
     values = torch.randn(seen.shape, generator=generator)
-    return torch.empty_strided(seen.shape, seen.strides, dtype=dtype).copy_(values)
+    return torch.empty_strided(seen.shape, seen.strides, dtype=dtype, device=device).copy_(values)

@@ -15,6 +15,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def measure(
     candidates: Mapping[str, Callable[[], object]],
     evict: Callable[[], object] | None = None,
     budget_s: float = BUDGET_S,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Runs all candidates in turn until the budget is spent.
 
@@ -41,12 +43,16 @@ def measure(
         candidates: functions without arguments, by name.
         evict: called before every run, outside the time; None for weights that stay in the cache.
         budget_s: wall time to spend, warm-up not counted.
+        device: a GPU that the runs keep busy: then its time is taken, and not the host's.
 
     Returns:
         {name: median milliseconds of one run}.
     """
     for run in candidates.values():  # code and tables are loaded, weights laid out
         run()
+    seconds = _host_seconds
+    if device is not None and device.type == "cuda":
+        seconds = partial(_gpu_seconds, device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     running = dict(candidates)
     end = time.perf_counter() + budget_s
@@ -59,21 +65,46 @@ def measure(
         for name, run in running.items():
             if evict is not None:
                 evict()
-            start = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(seconds(run))
     return {name: statistics.median(times) * 1e3 for name, times in samples.items()}
 
 
+def _host_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+# Clock cycles that a GPU waits before a run, about 0.2 ms: by then the host has launched all of
+# the run, and what is timed are its kernels, as in a CUDA graph or behind other layers.
+_LEAD_CYCLES = 300_000
+
+
+def _gpu_seconds(device: torch.device, run: Callable[[], object]) -> float:
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_LEAD_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
 def make_evict(
-    model: nn.Module, size: int, but: Callable[[], Tensor | None] = lambda: None
+    model: nn.Module,
+    size: int,
+    but: Callable[[], Tensor | None] = lambda: None,
+    device: torch.device | None = None,
 ) -> Callable[[], object]:
     """A function that reads `size` bytes, after which a cache of half that size holds no others.
 
-    It reads the model's own weights, which take no extra memory, except for the one that `but()`
-    returns: the layer that is being timed. What the model lacks, a scratch buffer adds.
+    It reads the model's own weights on `device` (the CPU), which take no extra memory, except for
+    the one that `but()` returns: the layer that is being timed. What the model lacks, a scratch
+    buffer adds.
     """
-    scratch = torch.zeros(0, dtype=torch.int64)
+    device = torch.device("cpu") if device is None else device
+    scratch = torch.zeros(0, dtype=torch.int64, device=device)
 
     def evict() -> None:
         nonlocal scratch
@@ -81,12 +112,12 @@ def make_evict(
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if left <= 0:
                 return
-            if tensor is not skipped and tensor.device.type == "cpu" and tensor.numel():
+            if tensor is not skipped and tensor.device == device and tensor.numel():
                 tensor.detach().sum()
                 left -= tensor.nbytes
         if left > 0:
             if scratch.nbytes < left:
-                scratch = torch.zeros(-(-left // 8), dtype=torch.int64)
+                scratch = torch.zeros(-(-left // 8), dtype=torch.int64, device=device)
             scratch.sum()
 
     return evict

@@ -1,0 +1,221 @@
+"""2:4 weights on the sparse tensor cores of NVIDIA GPUs: torch's, as plain tensors.
+
+    weight (out, in)  --compress-->  compressed, meta  --multiply-->  x W^T + b
+
+`torch.sparse.to_sparse_semi_structured` wraps the same two tensors in a subclass, which
+safetensors, `.to(dtype)` and `torch.load(weights_only=True)` refuse. Two libraries stand behind it:
+
+    cuSPARSELt   compute capability 8.0 and later; one tensor of values and metadata, `meta` is
+                 empty. Only the library can read it.
+    CUTLASS      8.x only; values (out, in / 2) and reordered metadata. Plain torch can read it on
+                 any device, which is how all this is tested without a GPU.
+
+The values are kept as int16: `.half()` and `.float()` of a model would convert the metadata that
+cuSPARSELt keeps among them, like numbers.
+
+Neither looks at the pattern: [1, 9, 8, 7] becomes [1, 9, 0, 0] without a word, so `compress` does.
+Both want shapes that divide; zeros fill up what does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from ..errors import NMError
+from ..mask import as_bits, is_nm, magnitude
+from ..pattern import Pattern
+
+PATTERN = Pattern(2, 4)
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Columns that are decompressed at a time: a unit matrix of all would be larger than the weight.
+_UNIT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A library, and what the shapes of 16-bit weights and inputs are filled up to.
+
+    Attributes:
+        name: in words.
+        out, into: multiples that the weight's two sizes must be.
+        rows: multiple that the number of rows of the input must be.
+    """
+
+    name: str
+    out: int
+    into: int
+    rows: int
+
+
+# The constraints of torch.sparse.SparseSemiStructuredTensor{CUSPARSELT,CUTLASS}.
+CUSPARSELT = Backend("cuSPARSELt", 16, 16, 8)
+CUTLASS = Backend("CUTLASS", 32, 64, 8)
+
+
+def backend_of(device: torch.device) -> Backend | str:
+    """The library that serves a device, or why there is none.
+
+    Where there are two, cuSPARSELt: torch's default, and the only one that is still extended.
+    """
+    if device.type != "cuda":
+        return f"sparse tensor cores are on NVIDIA GPUs, the weight is on {device.type}"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs, where nmfx has not looked into 2:4"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} has no sparse tensor cores (8.0 and later have)"
+    if torch.backends.cusparselt.is_available():
+        return CUSPARSELT
+    if major == 8:
+        return CUTLASS
+    return f"this torch comes without cuSPARSELt, which compute capability {major}.{minor} needs"
+
+
+def why_not(weight: Tensor, dim: int) -> str | None:
+    """Why a weight cannot become semi-structured, or None when it can.
+
+    The values are looked at, not a name: 1:4, 2:8 and 1:16 weights qualify whenever no aligned
+    four hold more than two nonzeros.
+
+    Args:
+        weight: 2-D, `dim` is the dimension that is summed over.
+    """
+    backend = backend_of(weight.device)
+    if isinstance(backend, str):
+        return backend
+    if weight.ndim != 2:
+        return "semi-structured weights are those of linear layers"
+    if weight.dtype not in DTYPES:
+        return f"semi-structured weights are float16 or bfloat16, not {weight.dtype}"
+    if not weight.numel() or weight.shape[dim] % PATTERN.m:
+        return f"shape {tuple(weight.shape)} has no groups of {PATTERN.m} along its inputs"
+    sizes = weight.shape[1 - dim], weight.shape[dim]
+    if compressed_bytes(*sizes, backend) >= weight.nbytes:
+        return f"filled up to what {backend.name} takes, it would not be smaller"
+    if not is_nm(weight, PATTERN, dim):
+        return "a group of 4 has more than 2 nonzeros, which sparse tensor cores need"
+    if not bool(weight.isfinite().all()):
+        return "it holds NaN or Inf, which would not come back out of the compressed form"
+    return None
+
+
+def status(device: torch.device) -> str:
+    """One line for reports: what semi-structured layers run on, or why there are none."""
+    backend = backend_of(device)
+    if isinstance(backend, str):
+        return f"no semi-structured layers: {backend}"
+    return (
+        f"semi-structured layers run on {backend.name} (torch's kernels; nmfx's use of them was "
+        f"not yet run on a GPU by its own tests, so look at the outputs)"
+    )
+
+
+def compressed_bytes(out: int, into: int, backend: Backend) -> int:
+    """Bytes of a compressed 16-bit weight: half of the values, and 4 bits for each group of 4."""
+    return (out + -out % backend.out) * (into + -into % backend.into) * 9 // 8
+
+
+def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    """The two tensors of a weight (out, in) that `why_not` has nothing against.
+
+    Returns:
+        (compressed, meta), both int16; `meta` is empty for cuSPARSELt.
+
+    Raises:
+        NMError: decompressed they are not the weight.
+    """
+    weight = weight.detach()
+    out, into = weight.shape
+    filled = _filled(weight, backend.out, backend.into)
+    if backend is CUSPARSELT:
+        compressed = torch._cslt_compress(filled)
+        meta = torch.empty(0, dtype=torch.int16, device=weight.device)
+    else:
+        compressed, meta = sparse_semi_structured_from_dense_cutlass(filled)
+    compressed = compressed.view(torch.int16)
+    again = decompress(compressed, meta, out, into, weight.dtype)
+    # A -0.0 comes back as +0.0, and that is the only change allowed.
+    changed = as_bits(again) != as_bits(weight)
+    if magnitude(again[changed]).any() or magnitude(weight[changed]).any():
+        raise NMError(
+            f"{backend.name} does not give back a ({out}, {into}) weight that it compressed"
+        )
+    return compressed, meta
+
+
+def decompress(compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype) -> Tensor:
+    """The dense (out, in) weight; `dtype` is what it had.
+
+    Raises:
+        NMError: compressed by cuSPARSELt and no longer on a GPU.
+    """
+    if meta.numel():
+        return sparse_semi_structured_to_dense_cutlass(compressed.view(dtype), meta)[:out, :into]
+    # The library multiplies, and there is no other way to read it. Products with 0 and 1 are exact.
+    dense = compressed.new_empty(out, into, dtype=dtype)
+    for begin in range(0, into, _UNIT_ROWS):
+        rows = min(_UNIT_ROWS, into - begin)
+        unit = dense.new_zeros(rows, into)
+        unit[:, begin : begin + rows].fill_diagonal_(1.0)
+        dense[:, begin : begin + rows] = multiply(unit, compressed, meta, None, out).t()
+    return dense
+
+
+def multiply(
+    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int
+) -> Tensor:
+    """`F.linear(input, weight, bias)`.
+
+    Args:
+        input: (rows, in), the dtype of the weight.
+        compressed, meta: from `compress`.
+        bias: (out,) or None.
+        out: rows of the dense weight.
+
+    Returns:
+        (rows, out), contiguous.
+
+    Raises:
+        NMError: compressed by cuSPARSELt and no longer on a GPU.
+    """
+    rows, into = input.shape
+    if not _on_gpu(input):
+        if meta.numel():
+            return F.linear(input, decompress(compressed, meta, out, into, input.dtype), bias)
+        raise NMError(
+            f"a weight that cuSPARSELt compressed runs on the GPU it was compressed on, and is now "
+            f"on {input.device}: move the model back, or lower the dense model for {input.device}"
+        )
+    compressed = compressed.view(input.dtype)
+    backend = CUTLASS if meta.numel() else CUSPARSELT
+    if not rows:
+        return input.new_empty(0, out)
+    x = _filled(input, backend.rows, backend.into)
+    if bias is not None:
+        bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else bias
+    if backend is CUSPARSELT:
+        y = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True)
+    elif bias is None:
+        y = torch._sparse_semi_structured_mm(compressed, meta, x.t()).t()
+    else:
+        y = torch._sparse_semi_structured_addmm(bias, compressed, meta, x.t()).t()
+    return y[:rows, :out].contiguous()
+
+
+def _on_gpu(input: Tensor) -> bool:
+    return input.is_cuda
+
+
+def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """`matrix`, contiguous, with zeros up to multiples; no copy of one that fits."""
+    below, right = -matrix.shape[0] % rows, -matrix.shape[1] % columns
+    return (F.pad(matrix, (0, right, 0, below)) if below or right else matrix).contiguous()

@@ -1,0 +1,193 @@
+"""nmfx::linear_semi_structured: y = x W^T + b with a 2:4 weight that torch compressed.
+
+What computes it is in `nmfx.kernels.semi_structured`. Gradients flow to x and b; the weight is
+constant. One node for compilers, as torch's own semi-structured products are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..errors import NMError
+from ..kernels.semi_structured import decompress, multiply
+from .packed import is_autocast, run_op
+
+_library = torch.library.Library("nmfx", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "linear_semi_structured(Tensor input, Tensor compressed, Tensor meta, Tensor? bias, "
+    "int out_features, int in_features, ScalarType dtype) -> Tensor",
+    tags=_tags,
+)
+_library.define(
+    "linear_semi_structured_grad_input(Tensor grad, Tensor compressed, Tensor meta, "
+    "int out_features, int in_features, ScalarType dtype) -> Tensor",
+    tags=_tags,
+)
+_op = torch.ops.nmfx.linear_semi_structured.default
+
+
+def linear_semi_structured(
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A linear layer whose weight is compressed; autocast as for `torch.nn.functional.linear`.
+
+    Args:
+        input: (..., in_features) of `dtype`, any strides.
+        compressed, meta: from `nmfx.kernels.semi_structured.compress`.
+        bias: (out_features,) or None.
+        out_features, in_features, dtype: of the dense weight.
+
+    Returns:
+        (..., out_features), a new contiguous tensor.
+
+    Raises:
+        NMError: shapes, dtypes or devices that do not fit, or a weight that cuSPARSELt compressed
+            on a CPU.
+    """
+    tensors = (input, compressed, meta, bias)
+    constants = (out_features, in_features, dtype)
+    if has_torch_function(tensors):  # fx proxies record this call as one node
+        return handle_torch_function(linear_semi_structured, tensors, *tensors, *constants)
+    if input.is_nested:  # nn.TransformerEncoder makes these from a padding mask
+        parts = input.unbind()
+        flat = linear_semi_structured(torch.cat(parts), compressed, meta, bias, *constants)
+        return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
+    if is_autocast(input):
+        target = torch.get_autocast_dtype(input.device.type)
+        if dtype != target:
+            raise NMError(
+                f"autocast asks for {target}, and the weight was compressed as {dtype}: lower the "
+                f"model after .to({target})"
+            )
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    return run_op(_op, input, compressed, bias, input, compressed, meta, bias, *constants)
+
+
+linear_semi_structured.__module__ = "nmfx"  # generated code reads `nmfx_linear_semi_structured(`
+
+
+def _check(
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+) -> None:
+    if input.ndim == 0 or input.shape[-1] != into:
+        raise NMError(f"input of shape {tuple(input.shape)} does not end in in_features={into}")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {out} outputs")
+    tensors = [input, compressed, meta, *([] if bias is None else [bias])]
+    if len({t.device for t in tensors}) > 1:
+        raise NMError(
+            f"input is on {input.device}, the compressed weight on {compressed.device} and "
+            f"{meta.device}, the bias on {None if bias is None else bias.device}: move the whole "
+            f"model with .to(device)"
+        )
+    if {input.dtype, dtype if bias is None else bias.dtype} != {dtype}:
+        raise NMError(
+            f"input is {input.dtype}, the compressed weight {dtype}, the bias "
+            f"{None if bias is None else bias.dtype}: run under torch.autocast, or lower the model "
+            f"in the dtype that you run it in"
+        )
+
+
+def _forward(
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(input, compressed, meta, bias, out, into, dtype)
+    y = multiply(input.reshape(-1, into), compressed, meta, bias, out)
+    return y.view(*input.shape[:-1], out)
+
+
+def _forward_fake(
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(input, compressed, meta, bias, out, into, dtype)
+    return input.new_empty(*input.shape[:-1], out)
+
+
+def _grad_input(
+    grad: Tensor, compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.matmul(grad, decompress(compressed, meta, out, into, dtype))
+
+
+def _grad_input_fake(
+    grad: Tensor, compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], into)
+
+
+for _name, _kernel, _fake in (
+    ("linear_semi_structured", _forward, _forward_fake),
+    ("linear_semi_structured_grad_input", _grad_input, _grad_input_fake),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nmfx::{_name}", _fake, lib=_library)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, compressed, meta, _, *ctx.constants = inputs
+    ctx.save_for_backward(compressed, meta)
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    compressed, meta = ctx.saved_tensors
+    need_input, _, _, need_bias, *_ = ctx.needs_input_grad
+    grad_input = grad_bias = None
+    if need_input:
+        grad_input = torch.ops.nmfx.linear_semi_structured_grad_input(
+            grad, compressed, meta, *ctx.constants
+        )
+    if need_bias:
+        grad_bias = grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+    return grad_input, None, None, grad_bias, None, None, None
+
+
+def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.compressed, ctx.meta, *ctx.constants = inputs
+
+
+def _grad_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The map grad -> grad @ W is linear, and its transpose is the forward without bias.
+    again = torch.ops.nmfx.linear_semi_structured(
+        grad, ctx.compressed, ctx.meta, None, *ctx.constants
+    )
+    return again, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "nmfx::linear_semi_structured", _grad, setup_context=_save, lib=_library
+)
+torch.library.register_autograd(
+    "nmfx::linear_semi_structured_grad_input",
+    _grad_grad_input,
+    setup_context=_save_grad_input,
+    lib=_library,
+)
