@@ -40,7 +40,12 @@ def why_not(weight: Tensor, m: int) -> str | None:
         return f"dtype {weight.dtype} has no N:M order"
     if not 2 <= m <= 64:
         return f"M={m} is outside 2..64"
-    return _missing(weight.get_device())
+    return why_not_on(weight.device)
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why no kernel of nmfx runs on a GPU, or None if they do."""
+    return _missing(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache

@@ -1,11 +1,12 @@
-"""nmfx::sr_ste and its gradients for CUDA tensors: Triton kernels, or plain torch without them."""
+"""nmfx's ops for CUDA tensors: Triton kernels, or plain torch without them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels import triton
+from ..kernels import triton, triton_packed
+from .linear_nm import _check, _forward
 from .sr_ste import _backward_eager, _decay_eager, _project_eager
 
 
@@ -39,7 +40,29 @@ def decay_(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int, abi:
     return triton.decay_(grad, weight, control, m, dim)
 
 
+def linear(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    n: int,
+    m: int,
+    activation: str,
+) -> Tensor:
+    """nmfx::linear_nm. Many rows are a dense product: with the weight unpacked at every call."""
+    rows = input.numel() // max(1, in_features)
+    if rows > triton_packed.MOST_ROWS or triton_packed.why_not(values, m):
+        return _forward(input, values, index, bias, out_features, in_features, n, m, activation)
+    _check(input, values, index, bias, out_features, in_features, n, m, activation)
+    flat = input.reshape(-1, in_features)
+    y = triton_packed.linear(flat, values, index, bias, out_features, n, m, activation)
+    return y.view(*input.shape[:-1], out_features)
+
+
 _library = torch.library.Library("nmfx", "IMPL")
+_library.impl("linear_nm", linear, "CUDA")
 _library.impl("sr_ste", forward, "CUDA")
 _library.impl("sr_ste_project", project, "CUDA")
 _library.impl("sr_ste_backward", backward, "CUDA")

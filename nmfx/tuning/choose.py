@@ -55,10 +55,13 @@ def choose(
 
 
 def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Choice:
-    """The smallest form that a layer can have on the device of its weight; nothing is timed."""
+    """The form of a layer when nothing is timed.
+
+    Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
+    """
     c = candidate
     reasons = obstacles(Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False))
-    for name in (PACKED, SEMI):
+    for name in (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI):
         if reasons[name] is None:
             return Choice(name, 0.0, 0.0, "")
     return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED]}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import cpu, semi_structured
+from ..kernels import cpu, semi_structured, triton_packed
 
 # The last-level cache of the AMD EPYC that nmfx was developed on; where the system does not tell, a
 # model below this size is timed with its weights in the cache.
@@ -25,7 +25,9 @@ _CPU = torch.device("cpu")
 
 def kernel_status(device: torch.device = _CPU) -> str:
     """The sparse kernels in use on a device, in words; part of the key of every cached timing."""
-    return semi_structured.status(device) if device.type == "cuda" else cpu.status()
+    if device.type != "cuda":
+        return cpu.status()
+    return f"{semi_structured.status(device)}; {triton_packed.status(device)}"
 
 
 def processor(device: torch.device) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture.packed import pack_weight
-from ..kernels import semi_structured
+from ..kernels import semi_structured, triton_packed
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
 from ..ops.linear_nm import linear_nm
@@ -59,12 +59,20 @@ def names(layer: Layer) -> list[str]:
 
 def obstacles(layer: Layer) -> dict[str, str | None]:
     """Why each form other than dense is no candidate for a layer; None for those that are."""
-    device = layer.weight.device.type
     return {
         PREPACKED: can_prepack(layer.weight) if layer.prepack else "no second copy is allowed",
         SEMI: semi_structured.why_not(layer.weight, layer.dim),
-        PACKED: None if device == "cpu" else f"packed kernels run on the CPU, not on {device}",
+        PACKED: _no_packed(layer),
     }
+
+
+def _no_packed(layer: Layer) -> str | None:
+    device = layer.weight.device.type
+    if device == "cpu":
+        return None
+    if layer.kind == "conv":
+        return f"packed convolutions run on the CPU, not on {device}"
+    return triton_packed.why_not(layer.weight, layer.pattern.m)
 
 
 def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> dict[str, Run]:

@@ -1,0 +1,152 @@
+"""The GPU kernels of nmfx::linear_nm against dense products in float64.
+
+With a GPU they run on it; without one in Triton's interpreter (conftest.py). Whether they compile
+without spills, `test_triton_compiled.py` reads in the compiler's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmfx.kernels import triton_packed
+from nmfx.mask import nm_project
+from nmfx.ops import cuda
+from nmfx.ops.packed import ACTIVATIONS
+from nmfx.packing import pack, unpack
+
+pytest.importorskip("triton", reason="triton is not installed: the GPU kernels cannot run")
+from triton_interpreter import rounding_bfloat16
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATTERNS = ["2:4", "1:4", "4:8", "2:8", "1:16", "3:5", "7:12", "8:32", "1:2", "5:64"]
+# Half precision is rounded once, from a sum in float32.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bfloat16() -> Iterator[None]:
+    with rounding_bfloat16():
+        yield
+
+
+def check(
+    rows: int,
+    outputs: int,
+    groups: int,
+    pattern: str,
+    dtype: torch.dtype,
+    bias: bool = False,
+    activation: str = "none",
+) -> None:
+    n, m = map(int, pattern.split(":"))
+    weight = nm_project(torch.randn(outputs, groups * m).to(dtype), pattern, 1).to(DEVICE)
+    values, index = pack(weight, pattern)
+    x = torch.randn(rows, groups * m).to(DEVICE, dtype)
+    vector = torch.randn(outputs).to(DEVICE, dtype) if bias else None
+    y = triton_packed.linear(x, values, index, vector, outputs, n, m, activation)
+    wanted = ACTIVATIONS[activation](
+        F.linear(x.double(), weight.double(), None if vector is None else vector.double())
+    )
+    assert (y.shape, y.dtype) == ((rows, outputs), dtype)
+    assert y.is_contiguous()
+    error = (y.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+    assert error <= TOLERANCE[dtype], (rows, outputs, groups, pattern, dtype, float(error))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("rows", [1, 8, 20])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_triton_linear_is_near_the_product(pattern: str, rows: int, dtype: torch.dtype) -> None:
+    check(rows, 40, 128 // int(pattern.split(":")[1]), pattern, dtype)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.sampled_from([1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64]),
+    outputs=st.integers(1, 70),
+    groups=st.integers(1, 60),
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    bias=st.booleans(),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)
+def test_triton_linear_of_any_shape(
+    rows: int,
+    outputs: int,
+    groups: int,
+    pattern: str,
+    dtype: torch.dtype,
+    bias: bool,
+    activation: str,
+) -> None:
+    check(rows, outputs, groups, pattern, dtype, bias, activation)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_triton_linear_adds_many_parts_in_order(rows: int) -> None:
+    weight = nm_project(torch.randn(16, 4096), "2:4", 1).to(DEVICE)
+    values, index = pack(weight, "2:4")
+    x = torch.randn(rows, 4096, device=DEVICE)
+    parts, per_part = triton_packed._parts(values, 1, index.shape[1], 8)
+    assert parts > 1
+    assert (parts - 1) * per_part < index.shape[1] <= parts * per_part
+    first = triton_packed.linear(x, values, index, None, 16, 2, 4, "none")
+    assert torch.equal(first, triton_packed.linear(x, values, index, None, 16, 2, 4, "none"))
+    wanted = F.linear(x.double(), weight.double())
+    assert (first.double() - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_triton_linear_shows_inf_and_nan_of_the_input(rows: int, value: float) -> None:
+    weight = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 1.0, 1.0]], device=DEVICE)
+    values, index = pack(weight, "2:4")
+    x = torch.ones(rows, 4, device=DEVICE)
+    x[0, 0] = value  # the first output keeps a weight for it
+    y = triton_packed.linear(x, values, index, None, 2, 2, 4, "none")
+    assert not y[0, 0].isfinite()
+    assert y[1:].isfinite().all()
+
+
+def test_triton_linear_of_no_rows_and_no_outputs() -> None:
+    values, index = pack(torch.zeros(16, 8, device=DEVICE), "2:4")
+    y = triton_packed.linear(
+        torch.zeros(0, 8, device=DEVICE), values, index, None, 16, 2, 4, "none"
+    )
+    assert y.shape == (0, 16)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_op_on_a_gpu_takes_either_way(
+    rows: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cuda.linear` is what the op calls for CUDA tensors."""
+    monkeypatch.setattr(triton_packed, "why_not", lambda values, m: None if kernels else "no GPU")
+    called: list[int] = []
+    product = triton_packed.linear
+    monkeypatch.setattr(
+        triton_packed, "linear", lambda *args: called.append(len(args[0])) or product(*args)
+    )
+    weight = nm_project(torch.randn(20, 16), "2:4", 1).to(DEVICE)
+    values, index = pack(weight, "2:4")
+    bias = torch.randn(20, device=DEVICE)
+    x = torch.randn(16, rows, device=DEVICE).t().unsqueeze(0)
+    y = cuda.linear(x, values, index, bias, 20, 16, 2, 4, "relu")
+    torch.testing.assert_close(y, F.linear(x, unpack(values, index, 20, 16, "2:4"), bias).relu())
+    assert called == ([rows] if kernels and rows <= triton_packed.MOST_ROWS else [])
+
+
+def test_triton_linear_says_what_it_does_not_take() -> None:
+    values = torch.zeros(1, 2, 16, dtype=torch.float64)
+    assert "not torch.float64" in str(triton_packed.why_not(values, 4))
+    if DEVICE == "cpu":
+        assert "not on a GPU" in str(triton_packed.why_not(values.float(), 4))
