@@ -16,6 +16,7 @@ folded by then stay folded.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,13 +28,14 @@ from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_call
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
 from .capture.site import MEASURED, NOTES, SKIPPED, compressed_names, iter_sites, packed_names
+from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
 from .plan import make_plan
 from .tuning import timer
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
-from .tuning.decide import DENSE, PACKED, SEMI, TIE, Choice, packed_share
+from .tuning.decide import DENSE, PACKED, SEMI, TIE, Choice, packed_share, stays_dense
 from .tuning.hardware import kernel_status
 from .tuning.memory import Returning
 from .tuning.progress import progress
@@ -137,7 +139,12 @@ def _pack_all(job: _Job) -> list[str]:
     memory = Returning()
     choices = {t: choose_untimed(t.candidate, t.weight, t.pattern) for t in job.targets}
     for target in progress(job.targets, "packing"):
-        _apply(target, choices[target])
+        try:
+            _apply(target, choices[target])
+        except (RuntimeError, NMError) as error:
+            if choices[target].name != SEMI:
+                raise
+            choices[target] = stays_dense(f"it could not be compressed: {error}")
         memory.freed(target.bytes)
     memory.now()
     job.fusing.fuse_activations(job.targets)
@@ -248,7 +255,8 @@ def _whole(model: nn.Module, calls: list[Call]) -> float | None:
     """Milliseconds of all calls together, or None without calls."""
     if not calls:
         return None
-    waits = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    waits = {tensor.device for tensor in tensors if tensor.is_cuda}
 
     def run() -> None:
         run_calls(model, calls)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
 from .capture.packed import packed_weight_bytes
-from .capture.site import get_path
+from .capture.site import get_path, stored_names
 from .errors import NMError
 from .kernels import semi_structured
 from .mask import nm_project
@@ -109,8 +109,11 @@ def _random(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
 
 def _row(decision: Decision, choice: Choice | None) -> Row:
     c, pattern = decision.candidate, decision.pattern
-    tensor = get_path(c.host, c.path) if c.shape else None
+    path = c.path if c.site is None else stored_names(c.site)[0]
+    tensor = get_path(c.host, path) if c.shape else None
     itemsize = tensor.dtype.itemsize if isinstance(tensor, Tensor) else 0
+    if c.site is not None and c.site.dtype is not None:
+        itemsize = c.site.dtype.itemsize
     dense = stored = torch.Size(c.shape).numel() * itemsize if c.shape else 0
     if choice is None or pattern is None:
         return Row(

@@ -231,6 +231,8 @@ def _explanation(candidate: Candidate) -> str:
 def _itemsize(candidate: Candidate) -> int:
     path = candidate.path
     if candidate.site is not None:
+        if candidate.site.dtype is not None:
+            return candidate.site.dtype.itemsize
         path = stored_names(candidate.site)[0]
     try:
         tensor = get_path(candidate.host, path)

@@ -47,6 +47,16 @@ class Mlp(nn.Module):
         return self.head(self.fc2(self.norm(self.fc1(x)).relu()))
 
 
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(72, 64).bfloat16())
+        self.v = nn.Parameter(torch.randn(4, 72).bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.w).relu(), self.v)
+
+
 def sparse(pattern: str = "2:4") -> nn.Module:
     return nmfx.sparsify(Mlp().bfloat16(), pattern).eval()
 
@@ -108,15 +118,41 @@ def test_the_state_dict_holds_plain_tensors_and_round_trips(
         "fc1.bias",
         "fc1.weight_compressed",
         "fc1.weight_meta",
+        "fc1.weight_format",
     }
     assert all(type(value) is Tensor for value in state.values())
-    assert state["fc1.weight_compressed"].dtype == torch.int16
+    assert state["fc1.weight_compressed"].dtype == torch.uint8
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     other = lowered(monkeypatch, nmfx.sparsify(Mlp().bfloat16(), "2:4").eval())
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(X), fast(X))
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["module", "graph"])
+@pytest.mark.parametrize("damage", ["dtype", "converted", "no format"])
+def test_bytes_of_something_else_are_not_loaded(
+    damage: str, graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(dtype: torch.dtype) -> nn.Module:
+        net: nn.Module = Reads() if graph else Mlp()
+        net = fx.symbolic_trace(net) if graph else net
+        install(monkeypatch, SEMI_WINS)
+        return nmfx.lower(nmfx.sparsify(net.to(dtype), "2:4").eval(), (X.to(dtype),))
+
+    fast = make(torch.bfloat16)
+    state = fast.state_dict()
+    if damage == "dtype":
+        state = make(torch.float16).state_dict()
+    elif damage == "converted":
+        state = {key: value.bfloat16() for key, value in state.items()}
+    else:
+        state = {key: value for key, value in state.items() if not key.endswith("_format")}
+    before = fast(X)
+    with pytest.raises(nmfx.NMError, match=r"this layer holds CUTLASS torch.bfloat16, and what"):
+        fast.load_state_dict(state)
+    assert torch.equal(fast(X), before)
 
 
 def test_copies_and_pickles_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,15 +197,6 @@ def test_hf_conv1d_is_compressed_along_its_rows(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_that_a_graph_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(72, 64).bfloat16())
-            self.v = nn.Parameter(torch.randn(4, 72).bfloat16())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(F.linear(x, self.w).relu(), self.v)
-
     model = nmfx.sparsify(fx.symbolic_trace(Reads()), "2:4")
     folded, fast = nmfx.fold(model), lowered(monkeypatch, model)
     assert states(fast)["w"] == "semi_structured"
@@ -238,6 +265,38 @@ def test_a_library_that_refuses_is_reported_and_not_used(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.parametrize("tune", [True, False])
+def test_a_library_that_cannot_compress_is_reported(
+    tune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(weight: Tensor, backend: semi.Backend) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("CUDA error: architecture mismatch")
+
+    monkeypatch.setattr(semi, "compress", fails)
+    if tune:
+        fast = lowered(monkeypatch)
+        assert set(states(fast).values()) == {"packed", "dense"}
+        text = "fc1.weight: semi_structured failed and was not used: CUDA error: architecture"
+        assert any(note.startswith(text) for note in nmfx.report(fast).notes)
+    else:
+        only_semi_structured(monkeypatch)
+        fast = nmfx.lower(sparse(), tune=False)
+        assert set(states(fast).values()) == {"dense"}
+        assert "could not be compressed: CUDA error" in next(iter(nmfx.report(fast))).reason
+
+
+def test_autocast_to_another_dtype_is_no_place_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Casts(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return self.head(self.fc2(self.fc1(x).relu()))
+
+    model = nmfx.sparsify(Casts().bfloat16(), "2:4").eval()
+    fast = lowered(monkeypatch, model)
+    assert "semi_structured" not in states(fast).values()
+    assert any("autocast asks for torch.float16" in note for note in nmfx.report(fast).notes)
+
+
 def test_a_library_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -258,7 +317,7 @@ def test_dense_wins_ties(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
-def test_untimed_on_a_gpu_compresses_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_semi_structured(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmfx.tuning import layers
 
     real = layers.obstacles
@@ -266,6 +325,10 @@ def test_untimed_on_a_gpu_compresses_what_it_can(monkeypatch: pytest.MonkeyPatch
         "nmfx.tuning.choose.obstacles",
         lambda layer: {**real(layer), "packed": "no Triton"},
     )
+
+
+def test_untimed_on_a_gpu_compresses_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_semi_structured(monkeypatch)
     assert states(nmfx.lower(sparse(), tune=False)) == STATES
     report = nmfx.report(nmfx.lower(sparse("4:8"), tune=False))
     assert {row.state for row in report} == {"dense"}
@@ -280,6 +343,14 @@ def test_preview_knows_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     row = rows["fc1.weight"]
     assert row.state == "would be semi_structured"
     assert row.bytes == semi.compressed_bytes(96, 64, semi.CUTLASS)
+
+
+def test_preview_of_a_lowered_model_says_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for net in (Mlp().bfloat16(), fx.symbolic_trace(Reads())):
+        fast = lowered(monkeypatch, nmfx.sparsify(net, "2:4").eval())
+        row = next(iter(nmfx.preview(fast, "2:4", (X,))))
+        assert row.reason == "it is lowered already"
+        assert row.bytes_dense in (96 * 64 * 2, 72 * 64 * 2)
 
 
 def test_gpu_time_is_taken_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

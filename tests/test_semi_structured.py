@@ -58,6 +58,14 @@ def test_bytes_of_shapes_that_fit() -> None:
         assert semi.compressed_bytes(4096, 4096, backend) / (4096 * 4096 * 2) == 0.5625
 
 
+def test_the_format_tells_dtypes_and_libraries_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
+    formats = [semi.format_of(b, d, CUDA) for b in (semi.CUSPARSELT, semi.CUTLASS) for d in DTYPES]
+    assert len(set(formats)) == 4
+    assert formats[0] == "cuSPARSELt torch.float16 702 for 9.0"
+
+
 def test_minus_zero_becomes_zero_and_nothing_else_changes() -> None:
     w = torch.tensor([[-0.0, 1.0, -0.0, -2.0]], dtype=torch.float16)
     again = semi.decompress(*semi.compress(w, semi.CUTLASS), 1, 4, w.dtype)
@@ -162,15 +170,15 @@ def test_shapes_are_filled_up(
     """torch's own shape functions, which meta tensors run, refuse what does not fit."""
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
 
-    def empty(*sizes: int, dtype: torch.dtype = torch.int16) -> Tensor:
+    def empty(*sizes: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     filled_out, filled_into = out + -out % backend.out, into + -into % backend.into
     if backend is semi.CUSPARSELT:
-        compressed, meta = empty(filled_out, filled_into * 9 // 16), empty(0)
+        compressed, meta = empty(filled_out, filled_into * 9 // 8), empty(0)
     else:
-        compressed = empty(filled_out, filled_into // 2)
-        meta = empty(filled_out, filled_into // 16)
+        compressed = empty(filled_out, filled_into)
+        meta = empty(filled_out, filled_into // 8)
     vector = empty(out, dtype=torch.bfloat16) if bias else None
     y = semi.multiply(empty(into, rows, dtype=torch.bfloat16).t(), compressed, meta, vector, out)
     assert y.shape == (rows, out)
@@ -205,9 +213,9 @@ def test_cusparselt_is_called_as_it_wants(rows: int, monkeypatch: pytest.MonkeyP
 
 
 def test_cusparselt_needs_its_gpu() -> None:
-    x, compressed = torch.randn(2, 32).bfloat16(), torch.zeros(32, 18, dtype=torch.int16)
+    x, compressed = torch.randn(2, 32).bfloat16(), torch.zeros(32, 36, dtype=torch.uint8)
     with pytest.raises(NMError, match="runs on the GPU it was compressed on, and is now on cpu"):
-        semi.multiply(x, compressed, torch.empty(0, dtype=torch.int16), None, 32)
+        semi.multiply(x, compressed, torch.empty(0, dtype=torch.uint8), None, 32)
 
 
 # --- the op ---------------------------------------------------------------------------------------
@@ -230,6 +238,38 @@ def test_op_takes_any_strides() -> None:
     x = torch.randn(24, 5, 3).bfloat16().permute(2, 1, 0)
     y = linear_semi_structured(x, compressed, meta, None, 20, 24, torch.bfloat16)
     torch.testing.assert_close(y, F.linear(x, w))
+
+
+@pytest.mark.parametrize("backend", [semi.CUSPARSELT, semi.CUTLASS], ids=lambda b: b.name)
+def test_a_library_sees_contiguous_and_aligned_memory(
+    backend: semi.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are given addresses, and look at no strides."""
+    w = weight(64, 64, torch.bfloat16)
+    seen: list[Tensor] = []
+
+    def product(compressed: Tensor, x: Tensor, bias: Tensor, **rest: object) -> Tensor:
+        seen.extend([compressed, x.t(), bias])
+        return x.new_zeros(x.shape[1], 64)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(
+        torch,
+        "_sparse_semi_structured_addmm",
+        lambda bias, compressed, places, x: product(compressed, x, bias).t(),
+    )
+    compressed, meta = semi.compress(w, semi.CUTLASS)
+    monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    if backend is semi.CUSPARSELT:
+        meta = meta[:0]
+    x = torch.zeros(8 * 64 + 1).bfloat16()[1:].view(8, 64)  # from an odd place on
+    bias = torch.zeros(64, 3).bfloat16()[:, 1]
+    wide = torch.zeros(64, 2 * compressed.shape[1], dtype=torch.uint8)[:, ::2]
+    semi.multiply(x, wide, meta, bias, 64)
+    assert len(seen) == 3
+    for tensor in seen:
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 16 == 0
 
 
 def test_op_passes_opcheck() -> None:

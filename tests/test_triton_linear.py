@@ -116,6 +116,16 @@ def test_triton_linear_shows_inf_and_nan_of_the_input(rows: int, value: float) -
     assert y[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_triton_linear_takes_a_bias_of_any_strides(rows: int) -> None:
+    weight = nm_project(torch.randn(40, 16), "2:4", 1).to(DEVICE)
+    values, index = pack(weight, "2:4")
+    x = torch.randn(rows, 16, device=DEVICE)
+    for bias in (torch.randn(40, 3, device=DEVICE)[:, 1], torch.ones(1, device=DEVICE).expand(40)):
+        y = triton_packed.linear(x, values, index, bias, 40, 2, 4, "none")
+        torch.testing.assert_close(y, F.linear(x, weight, bias))
+
+
 def test_triton_linear_of_no_rows_and_no_outputs() -> None:
     values, index = pack(torch.zeros(16, 8, device=DEVICE), "2:4")
     y = triton_packed.linear(

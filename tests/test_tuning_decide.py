@@ -94,3 +94,23 @@ def test_packed_share_weighs_layers_by_their_work() -> None:
         "counted dense"
     )
     assert packed_share([never_measured]) is None
+
+
+@pytest.mark.parametrize(
+    ("packed", "semi", "name"),
+    [
+        ((0.4, 0.9), (1.3, 0.7), "packed"),  # semi-structured loses somewhere, so it is out
+        ((1.3, 0.4), (0.9, 0.9), "semi_structured"),
+        ((0.5, 0.5), (0.6, 0.3), "semi_structured"),
+        ((0.5, 0.3), (0.6, 0.3), "packed"),
+        ((1.3, 0.4), (0.4, 1.3), "dense"),
+    ],
+)
+def test_decide_between_packed_and_semi_structured(
+    packed: tuple[float, float], semi: tuple[float, float], name: str
+) -> None:
+    timings = [
+        Timing({"dense": 1.0, "semi_structured": s, "packed": p}, 1)
+        for p, s in zip(packed, semi, strict=True)
+    ]
+    assert decide(timings, every=True).name == name

@@ -104,13 +104,13 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
             replace_with_packed(gm.graph, uses, values, index, site.shape, site.pattern)
         elif site.state == "semi_structured":
             assert site.dtype is not None
-            names = compressed_names(site.path)
+            names = compressed_names(site.path)[:2]
             replace_with_semi_structured(gm.graph, uses, *names, site.shape, site.dtype)
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:
             insert_sr_ste(gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim)
-    _check_loads(gm, any(site.state == "packed" for site in sites))
+    _check_loads(gm, any(site.state in ("packed", "semi_structured") for site in sites))
     gm.recompile()
 
 

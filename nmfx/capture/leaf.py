@@ -67,7 +67,7 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         members["weight"] = property(_unpacked_weight)
     elif site.state == "semi_structured":
         assert site.dtype is not None
-        names = compressed_names(WEIGHT)
+        names = compressed_names(WEIGHT)[:2]
         replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype)
         members["weight"] = property(_decompressed_weight)
     elif site.state == "prepacked":

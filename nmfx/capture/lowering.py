@@ -32,6 +32,7 @@ from .site import (
     Holder,
     Site,
     compressed_names,
+    format_tensor,
     get_path,
     holder_of,
     packed_names,
@@ -54,6 +55,7 @@ class Target:
     bytes: int = field(init=False)
     device: torch.device = field(init=False)
     _dtype: torch.dtype = field(init=False)
+    _format: str = field(init=False, default="")
     _order: list[str] = field(init=False)  # of the owner's parameters
     _requires_grad: bool = field(init=False)
 
@@ -107,7 +109,9 @@ class Target:
             raise NMError(f"{self.candidate.name}: {backend}")
         rows = weight if self.candidate.dim == 1 else weight.t()
         tensors = semi_structured.compress(rows, backend)
-        self._replace(dict(zip(compressed_names(name), tensors, strict=True)), "semi_structured")
+        self._format = semi_structured.format_of(backend, weight.dtype, weight.device)
+        buffers = (*tensors, format_tensor(self._format).to(weight.device))
+        self._replace(dict(zip(compressed_names(name), buffers, strict=True)), "semi_structured")
 
     def _replace(self, buffers: dict[str, Tensor], state: str) -> None:
         owner, name = self.owner
@@ -136,6 +140,7 @@ class Target:
             state,
             groups=c.groups,
             dtype=self._dtype if state == "semi_structured" else None,
+            format=self._format if state == "semi_structured" else "",
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)
@@ -177,6 +182,7 @@ class Target:
         index: Tensor | None,
         compressed: Tensor | None,
         meta: Tensor | None,
+        format: Tensor | None,
     ) -> Tensor:
         c = self.candidate
         if values is not None and index is not None:

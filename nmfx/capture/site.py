@@ -46,7 +46,8 @@ class Site:
         attached: the token of the optimizer hook that applies the decay, or None (in backward).
         groups: of a convolution, else 1.
         activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
-        dtype: of a semi-structured weight, whose tensors are integers; else None.
+        dtype: of a semi-structured weight, whose tensors are bytes; else None.
+        format: what those bytes are, see `nmfx.kernels.semi_structured.format_of`; else "".
     """
 
     path: str
@@ -62,6 +63,7 @@ class Site:
     groups: int = 1
     activation: str = "none"
     dtype: torch.dtype | None = None
+    format: str = ""
 
     @property
     def lowered(self) -> bool:
@@ -160,16 +162,21 @@ def packed_names(path: str) -> tuple[str, str]:
     return f"{path}_values", f"{path}_index"
 
 
-def compressed_names(path: str) -> tuple[str, str]:
-    """The buffers that replace a parameter when it is semi-structured: (compressed, meta)."""
-    return f"{path}_compressed", f"{path}_meta"
+def compressed_names(path: str) -> tuple[str, str, str]:
+    """The buffers that replace a semi-structured parameter: (compressed, meta, format)."""
+    return f"{path}_compressed", f"{path}_meta", f"{path}_format"
+
+
+def format_tensor(text: str) -> Tensor:
+    """A site's format as the bytes of a buffer, so that files carry it."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def stored_names(site: Site) -> tuple[str, ...]:
     """The tensors that hold the weight of a site, in the state that it is in."""
     if site.state == "packed":
         return packed_names(site.path)
-    return compressed_names(site.path) if site.state == "semi_structured" else (site.path,)
+    return compressed_names(site.path)[:2] if site.state == "semi_structured" else (site.path,)
 
 
 def get_path(module: nn.Module, path: str) -> Any:
@@ -212,6 +219,8 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
         NMError: an index outside its group, and all else that `check_packed` finds.
     """
     for site in store.__dict__.get(SITES, ()):
+        if site.state == "semi_structured":
+            _check_format(site, state_dict, prefix)
         if site.state != "packed":
             continue
         names = packed_names(site.path)
@@ -225,6 +234,23 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
             check_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
         except NMError as error:
             raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
+
+
+def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
+    *names, format_name = (prefix + name for name in compressed_names(site.path))
+    given = [state_dict[name] for name in names if name in state_dict]
+    if not given:
+        return  # torch tells what is missing
+    found = state_dict.get(format_name)
+    text = "nothing that it says"
+    if found is not None and found.dtype == torch.uint8:
+        text = bytes(found.flatten().tolist()).decode("latin1")
+    if text != site.format or any(tensor.dtype != torch.uint8 for tensor in given):
+        raise NMError(
+            f"{prefix}{site.path}: this layer holds {site.format}, and what is to be loaded was "
+            f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "
+            f"dense model here"
+        )
 
 
 HOLDER = "_nmfx"  # the child of a GraphModule that is its Holder

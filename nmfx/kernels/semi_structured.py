@@ -10,8 +10,9 @@ safetensors, `.to(dtype)` and `torch.load(weights_only=True)` refuse. Two librar
     CUTLASS      8.x only; values (out, in / 2) and reordered metadata. Plain torch can read it on
                  any device, which is how all this is tested without a GPU.
 
-The values are kept as int16: `.half()` and `.float()` of a model would convert the metadata that
-cuSPARSELt keeps among them, like numbers.
+Both are kept as bytes: `.half()` and `.float()` of a model would convert the metadata that
+cuSPARSELt keeps among the values, like numbers, and DDP sends no 16-bit integers. `format_of` says
+what the bytes are; a file that says something else is not loaded.
 
 Neither looks at the pattern: [1, 9, 8, 7] becomes [1, 9, 0, 0] without a word, so `compress` does.
 Both want shapes that divide; zeros fill up what does not.
@@ -119,6 +120,15 @@ def status(device: torch.device) -> str:
     )
 
 
+def format_of(backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
+    """What the bytes of `compress` are: the library, what they were, and for whom."""
+    text = f"{backend.name} {dtype}"
+    if backend is CUSPARSELT:  # its layout is nobody else's business, and may change
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        text += f" {torch.backends.cusparselt.version()} for {capability}"
+    return text
+
+
 def compressed_bytes(out: int, into: int, backend: Backend) -> int:
     """Bytes of a compressed 16-bit weight: half of the values, and 4 bits for each group of 4."""
     return (out + -out % backend.out) * (into + -into % backend.into) * 9 // 8
@@ -128,7 +138,7 @@ def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """The two tensors of a weight (out, in) that `why_not` has nothing against.
 
     Returns:
-        (compressed, meta), both int16; `meta` is empty for cuSPARSELt.
+        (compressed, meta), both uint8; `meta` is empty for cuSPARSELt.
 
     Raises:
         NMError: decompressed they are not the weight.
@@ -138,10 +148,11 @@ def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     filled = _filled(weight, backend.out, backend.into)
     if backend is CUSPARSELT:
         compressed = torch._cslt_compress(filled)
-        meta = torch.empty(0, dtype=torch.int16, device=weight.device)
+        meta = torch.empty(0, dtype=torch.uint8, device=weight.device)
     else:
         compressed, meta = sparse_semi_structured_from_dense_cutlass(filled)
-    compressed = compressed.view(torch.int16)
+        meta = meta.contiguous().view(torch.uint8)
+    compressed = compressed.contiguous().view(torch.uint8)
     again = decompress(compressed, meta, out, into, weight.dtype)
     # A -0.0 comes back as +0.0, and that is the only change allowed.
     changed = as_bits(again) != as_bits(weight)
@@ -159,7 +170,8 @@ def decompress(compressed: Tensor, meta: Tensor, out: int, into: int, dtype: tor
         NMError: compressed by cuSPARSELt and no longer on a GPU.
     """
     if meta.numel():
-        return sparse_semi_structured_to_dense_cutlass(compressed.view(dtype), meta)[:out, :into]
+        values, places = compressed.view(dtype), meta.view(torch.int16)
+        return sparse_semi_structured_to_dense_cutlass(values, places)[:out, :into]
     # The library multiplies, and there is no other way to read it. Products with 0 and 1 are exact.
     dense = compressed.new_empty(out, into, dtype=dtype)
     for begin in range(0, into, _UNIT_ROWS):
@@ -178,7 +190,7 @@ def multiply(
     Args:
         input: (rows, in), the dtype of the weight.
         compressed, meta: from `compress`.
-        bias: (out,) or None.
+        bias: (out,) or None, any strides.
         out: rows of the dense weight.
 
     Returns:
@@ -195,20 +207,27 @@ def multiply(
             f"a weight that cuSPARSELt compressed runs on the GPU it was compressed on, and is now "
             f"on {input.device}: move the model back, or lower the dense model for {input.device}"
         )
-    compressed = compressed.view(input.dtype)
+    compressed = _aligned(compressed).view(input.dtype)
     backend = CUTLASS if meta.numel() else CUSPARSELT
     if not rows:
         return input.new_empty(0, out)
-    x = _filled(input, backend.rows, backend.into)
+    x = _aligned(_filled(input, backend.rows, backend.into))
     if bias is not None:
-        bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else bias
+        bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else _aligned(bias)
     if backend is CUSPARSELT:
         y = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True)
     elif bias is None:
-        y = torch._sparse_semi_structured_mm(compressed, meta, x.t()).t()
+        y = torch._sparse_semi_structured_mm(compressed, meta.view(torch.int16), x.t()).t()
     else:
-        y = torch._sparse_semi_structured_addmm(bias, compressed, meta, x.t()).t()
+        places = meta.view(torch.int16)
+        y = torch._sparse_semi_structured_addmm(bias, compressed, places, x.t()).t()
     return y[:rows, :out].contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous and aligned to 16 bytes: all that the libraries see is its address."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _on_gpu(input: Tensor) -> bool:

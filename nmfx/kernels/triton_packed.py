@@ -58,7 +58,7 @@ def linear(
     Args:
         input: (rows, columns), 1 to `MOST_ROWS` rows, the dtype of `values`.
         values, index: the packed (outputs, columns) weight, see `nmfx.packing`.
-        bias: (outputs,) or None.
+        bias: (outputs,) or None, any strides.
         outputs: rows of the dense weight.
         n, m: the pattern.
         activation: a key of `nmfx.ops.packed.ACTIVATIONS`.
@@ -100,7 +100,7 @@ def linear(
                 num_warps=_WARPS,
             )
         kernels.finish[(-(-outputs // _FINISH), rows)](
-            *(sums, sums if bias is None else bias, out, parts, rows, outputs),
+            *(sums, sums if bias is None else bias.contiguous(), out, parts, rows, outputs),
             ROWS=height,
             WIDE=_FINISH,
             BIAS=bias is not None,

@@ -88,6 +88,8 @@ def _check(
 ) -> None:
     if input.ndim == 0 or input.shape[-1] != into:
         raise NMError(f"input of shape {tuple(input.shape)} does not end in in_features={into}")
+    if compressed.dtype != torch.uint8 or meta.dtype != torch.uint8:
+        raise NMError(f"a compressed weight is bytes, not {compressed.dtype} and {meta.dtype}")
     if bias is not None and tuple(bias.shape) != (out,):
         raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {out} outputs")
     tensors = [input, compressed, meta, *([] if bias is None else [bias])]

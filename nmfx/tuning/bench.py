@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import TOLERANCE, relative_error
+from ..errors import NMError
 from . import cache, timer
 from .decide import DENSE, Choice, Timing, decide
 from .hardware import cache_bytes, kernel_digest, kernel_status, processor
@@ -139,7 +140,7 @@ class Bench:
         for key, run in runs.items():
             try:
                 error = relative_error(expected, run(x))
-            except RuntimeError as why:  # a library that does not take the shape, or out of memory
+            except (RuntimeError, NMError) as why:  # what a library does not take; out of memory
                 self.dropped.append(f"{name}: {key} failed and was not used: {_line(why)}")
                 continue
             if error <= TOLERANCE.get(expected.dtype, 0.0):

@@ -66,9 +66,10 @@ def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
             return False
         return total[name] < total[other] * (1 - tie)
 
-    if beats(PACKED, DENSE) and beats(PACKED, PREPACKED, 0.0) and beats(PACKED, SEMI, 0.0):
+    packed, semi = beats(PACKED, DENSE) and beats(PACKED, PREPACKED, 0.0), beats(SEMI, DENSE)
+    if packed and not (semi and total[SEMI] < total[PACKED]):
         chosen = PACKED
-    elif beats(SEMI, DENSE):
+    elif semi:
         chosen = SEMI
     elif beats(PREPACKED, DENSE):
         chosen = PREPACKED

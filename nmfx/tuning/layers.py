@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture.packed import pack_weight
+from ..errors import NMError
 from ..kernels import semi_structured, triton_packed
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
@@ -125,11 +126,24 @@ def _linears(layer: Layer, bias: bool, semi: bool) -> dict[str, Run]:
     if semi:
         backend = semi_structured.backend_of(weight.device)
         assert not isinstance(backend, str), backend
-        tensors = semi_structured.compress(weight.t() if transposed else weight, backend)
+        try:
+            tensors = semi_structured.compress(weight.t() if transposed else weight, backend)
+        except (RuntimeError, NMError) as error:
+            made[SEMI] = _failing(error)
+            return made
         made[SEMI] = lambda x: linear_semi_structured(
             x, *tensors, vector, outputs, inputs, weight.dtype
         )
     return made
+
+
+def _failing(error: Exception) -> Run:
+    """A candidate that could not be made: it says why when it is compared with dense."""
+
+    def run(x: Tensor) -> Tensor:
+        raise error
+
+    return run
 
 
 def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Run]:

@@ -75,9 +75,9 @@ def _host_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-# Clock cycles that a GPU waits before a run, about 0.2 ms: by then the host has launched all of
+# Clock cycles that a GPU waits before a run, about 0.6 ms: by then the host has launched all of
 # the run, and what is timed are its kernels, as in a CUDA graph or behind other layers.
-_LEAD_CYCLES = 300_000
+_LEAD_CYCLES = 1_000_000
 
 
 def _gpu_seconds(device: torch.device, run: Callable[[], object]) -> float:
