@@ -2,10 +2,10 @@
 
     sparsified layer, or a weight that satisfies N:M
         fold        zeros baked in, original classes; batch norms folded into convolutions
-        measure     dense, prepacked dense, packed: on the inputs the layer really meets
+        measure     dense, prepacked dense, packed, on GPUs semi-structured: on the inputs the
+                    layer really meets
         swap        the fastest; dense where nothing beats it, with the reason in the report;
                     activations move into packed layers
-                    (on a GPU: dense or semi-structured)
         measure     the whole model against the folded one; dense again if that is not faster
 
 Nothing is written before the example inputs have run once. From then on, whatever interrupts it,
@@ -27,7 +27,7 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, compressed_names, iter_sites, packed_names
+from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, join, stored_names
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -42,7 +42,7 @@ from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
 
-_UNTIMED = "tune=False: every layer that can be packed is packed. Nothing was timed."
+_UNTIMED = "tune=False: every layer that can be packed or compressed is. Nothing was timed."
 _NOTHING_PACKED = (
     "nothing was packed: the N:M layers of this model have no packed kernel yet, so they are "
     "folded (dense, with exact zeros)."
@@ -60,8 +60,9 @@ def lower(
     or warm as the model's size demands, and dense wins ties, so the result is not slower than the
     folded model, whose outputs it computes, within rounding. Gradients reach inputs and dense
     weights, and are refused for packed ones. The state_dict holds plain tensors: `weight_values`
-    and `weight_index` in place of the `weight` of a packed layer. `nmfx.report` tells for each
-    layer what was measured, what was chosen and why.
+    and `weight_index` in place of the `weight` of a packed layer; `weight_compressed`,
+    `weight_meta` and `weight_format` of a semi-structured one. `nmfx.report` tells for each layer
+    what was measured, what was chosen and why.
 
     Where the example inputs and the code that calls them show that nothing else reads what lies
     between, a batch norm in eval mode is folded into the convolution before it (`nn.Identity`
@@ -76,7 +77,8 @@ def lower(
             them, 1, 8 and 128 rows are assumed.
         inplace: lower `model` itself, layer by layer, and free its dense weights as it goes.
             An interruption leaves it folded, as `nmfx.fold` does, but for its batch norms.
-        tune: False packs every layer that can be packed without timing anything.
+        tune: False times nothing: every layer that can be packed is (on a GPU, semi-structured
+            where that is possible).
 
     Returns:
         The lowered model: a deep copy, or `model`.
@@ -93,9 +95,9 @@ def lower(
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {
-        name
+        join(ref.module_name, name.rpartition(".")[2])
         for ref in iter_sites(model)
-        for name in (*packed_names(ref.name), *compressed_names(ref.name))
+        for name in stored_names(ref.site)
     }
     with undisturbed(model, read_only.__contains__), evaluation_mode(model, calls):
         with fusing.witness:

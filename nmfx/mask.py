@@ -167,3 +167,13 @@ def paper_mask(weight: Tensor, pattern: PatternLike, layout: str = "channels_las
         )
     mask = nm_mask(walk.reshape(-1), pattern).view(walk.shape)
     return mask.movedim(-1, 1).contiguous() if walk is not weight else mask
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are equal bit for bit, signs of zeros aside.
+
+    By bits: with the flush-denormal flag set, `a == b` calls two denormals equal. A -0.0 that
+    somebody else's pruning left may come back as +0.0 from a packed form.
+    """
+    changed = as_bits(a) != as_bits(b)
+    return not (magnitude(a[changed]).any() or magnitude(b[changed]).any())

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
 from .capture.packed import packed_weight_bytes
-from .capture.site import get_path, stored_names
+from .capture.site import get_path
 from .errors import NMError
 from .kernels import semi_structured
 from .mask import nm_project
 from .pattern import Pattern
 from .plan import obstacle_to_packing
 from .policy import Decision, Rules, decide, parse_rules
-from .report import Report, Row
+from .report import Report, Row, dense_bytes
 from .sparsify import check_existing
 from .tuning.bench import Bench
 from .tuning.choose import choose
@@ -109,21 +109,16 @@ def _random(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
 
 def _row(decision: Decision, choice: Choice | None) -> Row:
     c, pattern = decision.candidate, decision.pattern
-    path = c.path if c.site is None else stored_names(c.site)[0]
-    tensor = get_path(c.host, path) if c.shape else None
-    itemsize = tensor.dtype.itemsize if isinstance(tensor, Tensor) else 0
-    if c.site is not None and c.site.dtype is not None:
-        itemsize = c.site.dtype.itemsize
-    dense = stored = torch.Size(c.shape).numel() * itemsize if c.shape else 0
+    dense = stored = dense_bytes(c)
     if choice is None or pattern is None:
         return Row(
             c.name, c.kind, c.shape, None, "dense", "", None, False, dense, dense, decision.reason
         )
     if choice.name == PACKED:
+        itemsize = get_path(c.host, c.path).dtype.itemsize
         stored = packed_weight_bytes(c.shape, c.dim, c.groups, pattern, itemsize)
     elif choice.name == SEMI:
-        assert isinstance(tensor, Tensor), c.name
-        backend = semi_structured.backend_of(tensor.device)
+        backend = semi_structured.backend_of(get_path(c.host, c.path).device)
         assert isinstance(backend, semi_structured.Backend), backend
         stored = semi_structured.compressed_bytes(c.shape[1 - c.dim], c.shape[c.dim], backend)
     elif choice.name != DENSE:

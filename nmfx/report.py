@@ -188,7 +188,7 @@ def _row(candidate: Candidate) -> Row:
     site = candidate.site
     reason = candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, "")
     times = candidate.host.__dict__.get(MEASURED, {}).get(candidate.path, ())
-    dense = _numel(candidate.shape) * _itemsize(candidate)
+    dense = dense_bytes(candidate)
     if site is None:
         return Row(
             candidate.name,
@@ -226,6 +226,11 @@ def _explanation(candidate: Candidate) -> str:
     if site.capture == "scoped" and not isinstance(candidate.host, nn.MultiheadAttention):
         return "its forward does not trace, so it runs on a stand-in with the masked weight"
     return ""
+
+
+def dense_bytes(candidate: Candidate) -> int:
+    """Bytes of a weight as it is dense, in whatever form it is now; 0 where there is no weight."""
+    return _numel(candidate.shape) * _itemsize(candidate)
 
 
 def _itemsize(candidate: Candidate) -> int:

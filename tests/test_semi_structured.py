@@ -312,7 +312,7 @@ def test_op_under_autocast() -> None:
     ("x", "bias", "message"),
     [
         (torch.zeros(3, 23).bfloat16(), None, r"does not end in in_features=24"),
-        (torch.zeros(3, 24), None, r"input is torch.float32, the compressed weight torch.bfloat16"),
+        (torch.zeros(3, 24), None, r"input is torch.float32, the packed weight torch.bfloat16"),
         (torch.zeros(3, 24).bfloat16(), torch.zeros(19).bfloat16(), r"does not fit 20 outputs"),
         (torch.zeros(3, 24, device="meta").bfloat16(), None, r"move the whole model"),
     ],

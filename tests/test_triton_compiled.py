@@ -6,14 +6,10 @@ other than to the nearest, or loads that are not vectorised.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from triton_compiler import compile_elsewhere
 
 pytest.importorskip("triton", reason="triton is not installed: nothing compiles the GPU kernels")
 
@@ -56,13 +52,7 @@ print(json.dumps(result))
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Case -> PTX and machine code."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return compile_elsewhere(PROGRAM, CASES, str(tmp_path_factory.mktemp("triton")))
 
 
 def found(pattern: str, code: str) -> set[str]:

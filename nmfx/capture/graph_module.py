@@ -104,7 +104,7 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
             replace_with_packed(gm.graph, uses, values, index, site.shape, site.pattern)
         elif site.state == "semi_structured":
             assert site.dtype is not None
-            names = compressed_names(site.path)[:2]
+            names = compressed_names(site.path)
             replace_with_semi_structured(gm.graph, uses, *names, site.shape, site.dtype)
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")

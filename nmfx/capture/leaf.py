@@ -16,9 +16,8 @@ from ..graph.rewrite import (
     replace_with_prepacked,
     replace_with_semi_structured,
 )
-from ..kernels.semi_structured import decompress
 from .generate import base_class, compile_forward, generated_class
-from .packed import unpack_weight
+from .packed import decompress_weight, unpack_weight
 from .site import (
     COPY,
     SITES,
@@ -67,7 +66,7 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         members["weight"] = property(_unpacked_weight)
     elif site.state == "semi_structured":
         assert site.dtype is not None
-        names = compressed_names(WEIGHT)[:2]
+        names = compressed_names(WEIGHT)
         replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype)
         members["weight"] = property(_decompressed_weight)
     elif site.state == "prepacked":
@@ -90,16 +89,15 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     )
 
 
-def _decompressed_weight(self: Any) -> Tensor:
-    """The same of a semi-structured layer."""
-    site = self.__dict__[SITES][0]
-    sizes = site.shape[1 - site.dim], site.shape[site.dim]
-    rows = decompress(self.weight_compressed, self.weight_meta, *sizes, site.dtype)
-    return rows if site.dim == 1 else rows.t()
-
-
 def _unpacked_weight(self: Any) -> Tensor:
     """The dense weight of a packed layer, for code that reads it; made anew on every access."""
     site = self.__dict__[SITES][0]
     values, index = self.weight_values, self.weight_index
     return unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+
+
+def _decompressed_weight(self: Any) -> Tensor:
+    """The same of a semi-structured layer."""
+    site = self.__dict__[SITES][0]
+    tensors = self.weight_compressed, self.weight_meta
+    return decompress_weight(*tensors, site.shape, site.dim, site.dtype)

@@ -1,7 +1,7 @@
 """One layer of a folded model lowered, and all of them made dense again.
 
     weight (Parameter)    pack      weight_values, weight_index (buffers), linear_nm
-                          compress  weight_compressed, weight_meta (buffers), semi-structured
+                          compress  weight_compressed, weight_meta (buffers), linear_semi_structured
                           prepack   weight (Parameter) and a copy outside the state
                    <---   undo      bit for bit the folded weight
 
@@ -18,13 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import NMError
-from ..kernels import semi_structured
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
 from .install import refresh, remove
-from .packed import pack_weight, unpack_weight
+from .packed import compress_weight, decompress_weight, pack_weight, unpack_weight
 from .site import (
     COPY,
     HOLDER,
@@ -32,6 +30,7 @@ from .site import (
     Holder,
     Site,
     compressed_names,
+    format_name,
     format_tensor,
     get_path,
     holder_of,
@@ -104,14 +103,10 @@ class Target:
         owner, name = self.owner
         weight = owner._parameters[name]
         assert weight is not None
-        backend = semi_structured.backend_of(weight.device)
-        if isinstance(backend, str):
-            raise NMError(f"{self.candidate.name}: {backend}")
-        rows = weight if self.candidate.dim == 1 else weight.t()
-        tensors = semi_structured.compress(rows, backend)
-        self._format = semi_structured.format_of(backend, weight.dtype, weight.device)
-        buffers = (*tensors, format_tensor(self._format).to(weight.device))
-        self._replace(dict(zip(compressed_names(name), buffers, strict=True)), "semi_structured")
+        *tensors, self._format = compress_weight(weight, self.candidate.dim)
+        buffers = dict(zip(compressed_names(name), tensors, strict=True))
+        buffers[format_name(name)] = format_tensor(self._format).to(weight.device)
+        self._replace(buffers, "semi_structured")
 
     def _replace(self, buffers: dict[str, Tensor], state: str) -> None:
         owner, name = self.owner
@@ -160,37 +155,32 @@ class Target:
     def restore_weight(self) -> None:
         """Makes the weight a dense parameter again, if it is not, and forgets the site."""
         owner, name = self.owner
-        names = *packed_names(name), *compressed_names(name)
         c = self.candidate
         if name not in owner._parameters:
-            dense = self._dense(*(owner._buffers.get(key) for key in names))
+            dense = self._dense(owner._buffers, name)
             weight = nn.Parameter(dense.contiguous(), self._requires_grad)
             owner._parameters[name] = weight
             for key in self._order:  # the order is that of state_dict and of optimizers
                 if key in owner._parameters:  # the others are still to come
                     owner._parameters[key] = owner._parameters.pop(key)
-        for key in names:
+        for key in (*packed_names(name), *compressed_names(name), format_name(name)):
             owner._buffers.pop(key, None)
         store = holder_of(c.host) if c.capture == "graph" else c.host
         if store is not None and SITES in store.__dict__:
             sites = [site for site in store.__dict__[SITES] if site.path != c.path]
             store.__dict__[SITES] = sites
 
-    def _dense(
-        self,
-        values: Tensor | None,
-        index: Tensor | None,
-        compressed: Tensor | None,
-        meta: Tensor | None,
-        format: Tensor | None,
-    ) -> Tensor:
+    def _dense(self, buffers: dict[str, Tensor | None], name: str) -> Tensor:
         c = self.candidate
-        if values is not None and index is not None:
+        packed, compressed = (
+            [tensor for key in keys if (tensor := buffers.get(key)) is not None]
+            for keys in (packed_names(name), compressed_names(name))
+        )
+        if packed:
+            values, index = packed
             return unpack_weight(values, index, c.shape, c.dim, c.groups, self.pattern)
-        assert compressed is not None and meta is not None  # noqa: PT018
-        sizes = c.shape[1 - c.dim], c.shape[c.dim]
-        rows = semi_structured.decompress(compressed, meta, *sizes, self._dtype)
-        return rows if c.dim == 1 else rows.t()
+        data, meta = compressed
+        return decompress_weight(data, meta, c.shape, c.dim, self._dtype)
 
 
 class Undo:

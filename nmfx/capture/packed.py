@@ -1,11 +1,13 @@
-"""The places where a model meets the packed format: pack, unpack, and how many bytes that takes."""
+"""Where a model meets the forms of its weights: packed and compressed, back, and their bytes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..mask import as_bits, magnitude
+from ..errors import NMError
+from ..kernels import semi_structured
+from ..mask import same_values
 from ..packing import (
     Shape,
     check_packed,
@@ -31,10 +33,7 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
     else:
         packed = pack(weight if dim == 1 else weight.t(), pattern)
     again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
-    # A -0.0 that somebody else's pruning left may unpack to +0.0, and that is the only change
-    # allowed. By bits: with the flush-denormal flag set, `weight == 0` calls a denormal zero.
-    changed = as_bits(again) != as_bits(weight)
-    if magnitude(again[changed]).any() or magnitude(weight[changed]).any():
+    if not same_values(again, weight):
         raise AssertionError("packing is not exact, please report this")
     return packed
 
@@ -93,3 +92,24 @@ def packed_weight_bytes(
         return packed_bytes(shape[1 - dim], shape[dim], pattern, itemsize)
     columns = torch.Size(shape[1:]).numel()
     return groups * packed_bytes(shape[0] // groups, columns, pattern, itemsize)
+
+
+def compress_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, str]:
+    """(compressed, meta, format) of a linear layer's weight that is summed over along `dim`.
+
+    Raises:
+        NMError: its device has no sparse tensor cores, or the form does not hold the weight.
+    """
+    backend = semi_structured.backend_of(weight.device)
+    if isinstance(backend, str):
+        raise NMError(backend)
+    tensors = semi_structured.compress(weight if dim == 1 else weight.t(), backend)
+    return (*tensors, semi_structured.format_of(backend, weight.dtype, weight.device))
+
+
+def decompress_weight(
+    compressed: Tensor, meta: Tensor, shape: tuple[int, ...], dim: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight of shape `shape`; the inverse of `compress_weight`."""
+    rows = semi_structured.decompress(compressed, meta, shape[1 - dim], shape[dim], dtype)
+    return rows if dim == 1 else rows.t()

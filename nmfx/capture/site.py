@@ -162,9 +162,14 @@ def packed_names(path: str) -> tuple[str, str]:
     return f"{path}_values", f"{path}_index"
 
 
-def compressed_names(path: str) -> tuple[str, str, str]:
-    """The buffers that replace a semi-structured parameter: (compressed, meta, format)."""
-    return f"{path}_compressed", f"{path}_meta", f"{path}_format"
+def compressed_names(path: str) -> tuple[str, str]:
+    """The buffers that replace a semi-structured parameter: (compressed, meta)."""
+    return f"{path}_compressed", f"{path}_meta"
+
+
+def format_name(path: str) -> str:
+    """The buffer that says in a file what those bytes are: `Site.format`."""
+    return f"{path}_format"
 
 
 def format_tensor(text: str) -> Tensor:
@@ -176,7 +181,7 @@ def stored_names(site: Site) -> tuple[str, ...]:
     """The tensors that hold the weight of a site, in the state that it is in."""
     if site.state == "packed":
         return packed_names(site.path)
-    return compressed_names(site.path)[:2] if site.state == "semi_structured" else (site.path,)
+    return compressed_names(site.path) if site.state == "semi_structured" else (site.path,)
 
 
 def get_path(module: nn.Module, path: str) -> Any:
@@ -237,12 +242,12 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
 
 
 def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
-    *names, format_name = (prefix + name for name in compressed_names(site.path))
+    names = [prefix + name for name in compressed_names(site.path)]
     given = [state_dict[name] for name in names if name in state_dict]
     if not given:
         return  # torch tells what is missing
-    found = state_dict.get(format_name)
-    text = "nothing that it says"
+    found = state_dict.get(prefix + format_name(site.path))
+    text = "something that it does not name"
     if found is not None and found.dtype == torch.uint8:
         text = bytes(found.flatten().tolist()).decode("latin1")
     if text != site.format or any(tensor.dtype != torch.uint8 for tensor in given):

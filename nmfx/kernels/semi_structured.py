@@ -31,7 +31,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from ..errors import NMError
-from ..mask import as_bits, is_nm, magnitude
+from ..mask import is_nm, same_values
 from ..pattern import Pattern
 
 PATTERN = Pattern(2, 4)
@@ -153,10 +153,7 @@ def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         compressed, meta = sparse_semi_structured_from_dense_cutlass(filled)
         meta = meta.contiguous().view(torch.uint8)
     compressed = compressed.contiguous().view(torch.uint8)
-    again = decompress(compressed, meta, out, into, weight.dtype)
-    # A -0.0 comes back as +0.0, and that is the only change allowed.
-    changed = as_bits(again) != as_bits(weight)
-    if magnitude(again[changed]).any() or magnitude(weight[changed]).any():
+    if not same_values(decompress(compressed, meta, out, into, weight.dtype), weight):
         raise NMError(
             f"{backend.name} does not give back a ({out}, {into}) weight that it compressed"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import index_bits
@@ -80,8 +81,8 @@ def linear(
     with torch.cuda.device_of(values):
         if name == "gather":
             # All rows of a column side by side; rows that only fill up are zeros.
-            xt = input.new_zeros(columns, height)
-            xt[:, :rows] = input.t()
+            xt = F.pad(input.t(), (0, height - rows)) if rows < height else input.t()
+            xt = xt.contiguous()  # no copy of a single row
             parts, per_part = _parts(values, blocks, words, fixed["WORDS"])
             sums = input.new_empty(parts, height, outputs, dtype=torch.float32)
             kernels.gather[(blocks, parts)](

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,17 +49,16 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     in_features: int,
-    n: int,
-    m: int,
-    activation: str,
+    *pattern: Any,
 ) -> Tensor:
     """nmfx::linear_nm. Many rows are a dense product: with the weight unpacked at every call."""
+    call = input, values, index, bias, out_features, in_features, *pattern
     rows = input.numel() // max(1, in_features)
-    if rows > triton_packed.MOST_ROWS or triton_packed.why_not(values, m):
-        return _forward(input, values, index, bias, out_features, in_features, n, m, activation)
-    _check(input, values, index, bias, out_features, in_features, n, m, activation)
+    if rows > triton_packed.MOST_ROWS or triton_packed.why_not(values, pattern[1]):
+        return _forward(*call)
+    _check(*call)
     flat = input.reshape(-1, in_features)
-    y = triton_packed.linear(flat, values, index, bias, out_features, n, m, activation)
+    y = triton_packed.linear(flat, values, index, bias, out_features, *pattern)
     return y.view(*input.shape[:-1], out_features)
 
 

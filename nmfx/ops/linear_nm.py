@@ -21,8 +21,10 @@ from .packed import (
     ACTIVATIONS,
     activation_grad,
     autocast_all,
+    bias_grad,
     check_packed_call,
     is_autocast,
+    nested_rows,
     run_op,
 )
 
@@ -73,10 +75,8 @@ def linear_nm(
     constants: tuple[Any, ...] = (out_features, in_features, n, m, activation)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(linear_nm, tensors, *tensors, *constants)
-    if input.is_nested:  # nn.TransformerEncoder makes these from a padding mask
-        parts = input.unbind()
-        flat = linear_nm(torch.cat(parts), values, index, bias, *constants)
-        return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
+    if input.is_nested:
+        return nested_rows(input, lambda rows: linear_nm(rows, values, index, bias, *constants))
     if is_autocast(input):
         input, values, bias = autocast_all(input, values, bias)
     try:
@@ -196,9 +196,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_input
         else None
     )
-    grad_bias = grad.flatten(0, -2).sum(0) if need_bias and grad.ndim > 1 else None
-    if need_bias and grad.ndim == 1:
-        grad_bias = grad
+    grad_bias = bias_grad(grad) if need_bias else None
     return grad_input, None, None, grad_bias, None, None, None, None, None
 
 

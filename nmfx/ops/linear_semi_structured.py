@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NMError
 from ..kernels.semi_structured import decompress, multiply
-from .packed import is_autocast, run_op
+from .packed import bias_grad, check_together, is_autocast, nested_rows, run_op
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -59,10 +59,9 @@ def linear_semi_structured(
     constants = (out_features, in_features, dtype)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(linear_semi_structured, tensors, *tensors, *constants)
-    if input.is_nested:  # nn.TransformerEncoder makes these from a padding mask
-        parts = input.unbind()
-        flat = linear_semi_structured(torch.cat(parts), compressed, meta, bias, *constants)
-        return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
+    if input.is_nested:
+        weight = compressed, meta, bias, *constants
+        return nested_rows(input, lambda rows: linear_semi_structured(rows, *weight))
     if is_autocast(input):
         target = torch.get_autocast_dtype(input.device.type)
         if dtype != target:
@@ -92,52 +91,27 @@ def _check(
         raise NMError(f"a compressed weight is bytes, not {compressed.dtype} and {meta.dtype}")
     if bias is not None and tuple(bias.shape) != (out,):
         raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {out} outputs")
-    tensors = [input, compressed, meta, *([] if bias is None else [bias])]
-    if len({t.device for t in tensors}) > 1:
-        raise NMError(
-            f"input is on {input.device}, the compressed weight on {compressed.device} and "
-            f"{meta.device}, the bias on {None if bias is None else bias.device}: move the whole "
-            f"model with .to(device)"
-        )
-    if {input.dtype, dtype if bias is None else bias.dtype} != {dtype}:
-        raise NMError(
-            f"input is {input.dtype}, the compressed weight {dtype}, the bias "
-            f"{None if bias is None else bias.dtype}: run under torch.autocast, or lower the model "
-            f"in the dtype that you run it in"
-        )
+    otherwise = "lower the model in the dtype that you run it in"
+    check_together(input, (compressed, meta), dtype, bias, otherwise)
 
 
 def _forward(
-    input: Tensor,
-    compressed: Tensor,
-    meta: Tensor,
-    bias: Tensor | None,
-    out: int,
-    into: int,
-    dtype: torch.dtype,
+    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int, *rest: Any
 ) -> Tensor:
-    _check(input, compressed, meta, bias, out, into, dtype)
-    y = multiply(input.reshape(-1, into), compressed, meta, bias, out)
+    _check(input, compressed, meta, bias, out, *rest)
+    y = multiply(input.reshape(-1, input.shape[-1]), compressed, meta, bias, out)
     return y.view(*input.shape[:-1], out)
 
 
 def _forward_fake(
-    input: Tensor,
-    compressed: Tensor,
-    meta: Tensor,
-    bias: Tensor | None,
-    out: int,
-    into: int,
-    dtype: torch.dtype,
+    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int, *rest: Any
 ) -> Tensor:
-    _check(input, compressed, meta, bias, out, into, dtype)
+    _check(input, compressed, meta, bias, out, *rest)
     return input.new_empty(*input.shape[:-1], out)
 
 
-def _grad_input(
-    grad: Tensor, compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype
-) -> Tensor:
-    return torch.matmul(grad, decompress(compressed, meta, out, into, dtype))
+def _grad_input(grad: Tensor, *weight: Any) -> Tensor:
+    return torch.matmul(grad, decompress(*weight))
 
 
 def _grad_input_fake(
@@ -168,7 +142,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, compressed, meta, *ctx.constants
         )
     if need_bias:
-        grad_bias = grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+        grad_bias = bias_grad(grad)
     return grad_input, None, None, grad_bias, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""What linear_nm and conv_nm share: checks, activations, autocast."""
+"""What linear_nm, linear_semi_structured and conv_nm share: checks, activations, autocast."""
 
 from __future__ import annotations
 
@@ -79,6 +79,51 @@ def autocast_all(
     return cast(input), cast(values), None if bias is None else cast(bias)
 
 
+def nested_rows(input: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """`call` on all rows of a nested tensor, which nn.TransformerEncoder makes from a mask."""
+    parts = input.unbind()
+    flat = call(torch.cat(parts))
+    return torch.nested.as_nested_tensor(list(flat.split([len(part) for part in parts])))
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    """The gradient of a linear layer's bias from that of its result."""
+    return grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+
+
+def check_together(
+    input: Tensor,
+    weight: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    otherwise: str,
+) -> None:
+    """Checks that a call's tensors are on one device and compute in one dtype.
+
+    Args:
+        input, bias: of the layer.
+        weight: the two tensors that hold it.
+        dtype: of the dense weight.
+        otherwise: what to do about other dtypes, besides autocast.
+
+    Raises:
+        NMError: they are not.
+    """
+    first, second = weight
+    devices = [input.device, first.device, second.device]
+    if len({*devices, *([] if bias is None else [bias.device])}) > 1:
+        raise NMError(
+            f"input is on {input.device}, the packed weight on {first.device} and "
+            f"{second.device}, the bias on {None if bias is None else bias.device}: move the whole "
+            f"model with .to(device)"
+        )
+    if {input.dtype, dtype if bias is None else bias.dtype} != {dtype}:
+        raise NMError(
+            f"input is {input.dtype}, the packed weight {dtype}, the bias "
+            f"{None if bias is None else bias.dtype}: {otherwise}, or run under torch.autocast"
+        )
+
+
 def check_packed_call(
     input: Tensor,
     values: Tensor,
@@ -109,19 +154,8 @@ def check_packed_call(
         )
     if bias is not None and tuple(bias.shape) != (groups * rows,):
         raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {groups * rows} outputs")
-    tensors = [t for t in (input, values, index, bias) if t is not None]
-    if len({t.device for t in tensors}) > 1:
-        raise NMError(
-            f"input is on {input.device}, the packed weight on {values.device} and "
-            f"{index.device}, the bias on {None if bias is None else bias.device}: move the whole "
-            f"model with .to(device)"
-        )
-    dtypes = {input.dtype, values.dtype, values.dtype if bias is None else bias.dtype}
-    if len(dtypes) > 1:
-        raise NMError(
-            f"input is {input.dtype}, the packed weight {values.dtype}, the bias "
-            f"{None if bias is None else bias.dtype}: move the whole model with .to(dtype), "
-            f"or run under torch.autocast"
-        )
+    check_together(
+        input, (values, index), values.dtype, bias, "move the whole model with .to(dtype)"
+    )
     if not values.is_contiguous() or not index.is_contiguous():
         raise NMError("packed tensors are contiguous; call .contiguous() on them")

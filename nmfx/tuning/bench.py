@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,12 @@ from .shapes import Seen, make_input
 _EVICT = 2
 
 
+_KERNELS_ONLY = (
+    "layers on a GPU: the time of their kernels, as in a CUDA graph; what the host needs to launch "
+    "them shows in the whole model's time only"
+)
+
+
 @dataclass
 class Bench:
     """Times the layers of one model.
@@ -38,14 +45,13 @@ class Bench:
     dropped: list[str] = field(default_factory=list)
     _known: dict[tuple[object, ...], dict[str, float]] = field(default_factory=dict)
     _current: Tensor | None = None
+    _bytes: Counter[torch.device] = field(default_factory=Counter)
+    _evicts: dict[torch.device, Callable[[], object]] = field(default_factory=dict)
+    _devices: dict[torch.device, None] = field(default_factory=dict)  # asked for, in order
 
     def __post_init__(self) -> None:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self._bytes = Counter[torch.device]()
-        for tensor in tensors:
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
             self._bytes[tensor.device] += tensor.nbytes
-        self._evicts: dict[torch.device, Callable[[], object]] = {}
-        self._devices: dict[torch.device, None] = {}  # of the layers that were asked for, in order
 
     def is_cold(self, device: torch.device) -> bool:
         """Whether the model's layers on a device meet their weights outside its cache."""
@@ -97,6 +103,7 @@ class Bench:
             f"{processor(device)}; {threads}torch {torch.__version__}",
             kernel_status(device),
             f"weights {state} the cache of {cache_bytes(device) / 2**20:g} MiB",
+            *([] if device.type == "cpu" else [_KERNELS_ONLY]),
         ]
 
     def _ms(

@@ -11,7 +11,7 @@ from ..capture.site import get_path
 from ..pattern import Pattern
 from .bench import Bench
 from .decide import DENSE, PACKED, SEMI, Choice, stays_dense
-from .layers import Layer, names, obstacles
+from .layers import Layer, names
 from .shapes import Seen
 from .table import assumed
 
@@ -49,8 +49,7 @@ def choose(
     c = candidate
     layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack)
     if names(layer) == [DENSE]:
-        reasons = obstacles(layer)
-        return stays_dense("; ".join(text for key in (SEMI, PACKED) if (text := reasons[key])))
+        return stays_dense(f"{layer.obstacles[SEMI]}; {layer.obstacles[PACKED]}")
     return bench.choose(candidate.name, layer, shapes, every=seen is None)
 
 
@@ -60,7 +59,7 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
     """
     c = candidate
-    reasons = obstacles(Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False))
+    reasons = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False).obstacles
     for name in (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI):
         if reasons[name] is None:
             return Choice(name, 0.0, 0.0, "")

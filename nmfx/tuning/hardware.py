@@ -17,10 +17,8 @@ from ..kernels import cpu, semi_structured, triton_packed
 # model below this size is timed with its weights in the cache.
 DEFAULT_CACHE_BYTES = 32 * 2**20
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
 _CPU = torch.device("cpu")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def kernel_status(device: torch.device = _CPU) -> str:

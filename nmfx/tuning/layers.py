@@ -5,6 +5,7 @@ A new kind of layer is a new function here, and a line in `candidates`.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture.packed import pack_weight
+from ..capture.packed import compress_weight, pack_weight
 from ..errors import NMError
 from ..kernels import semi_structured, triton_packed
 from ..ops.conv_nm import conv_nm
@@ -52,19 +53,19 @@ class Layer:
     pattern: Pattern
     prepack: bool
 
+    @functools.cached_property  # some look at the whole weight, and wait for a GPU to do so
+    def obstacles(self) -> dict[str, str | None]:
+        """Why each form other than dense is no candidate; None for those that are."""
+        return {
+            PREPACKED: can_prepack(self.weight) if self.prepack else "no second copy is allowed",
+            SEMI: semi_structured.why_not(self.weight, self.dim),
+            PACKED: _no_packed(self),
+        }
+
 
 def names(layer: Layer) -> list[str]:
     """The candidates that `candidates` makes for a layer; dense comes first."""
-    return [DENSE, *(name for name, why in obstacles(layer).items() if why is None)]
-
-
-def obstacles(layer: Layer) -> dict[str, str | None]:
-    """Why each form other than dense is no candidate for a layer; None for those that are."""
-    return {
-        PREPACKED: can_prepack(layer.weight) if layer.prepack else "no second copy is allowed",
-        SEMI: semi_structured.why_not(layer.weight, layer.dim),
-        PACKED: _no_packed(layer),
-    }
+    return [DENSE, *(name for name, why in layer.obstacles.items() if why is None)]
 
 
 def _no_packed(layer: Layer) -> str | None:
@@ -84,12 +85,21 @@ def candidates(layer: Layer, bias: bool, rest: tuple[tuple[str, Any], ...]) -> d
         bias: whether it has one; an invented one is added.
         rest: the other arguments of a convolution, see `Seen`.
     """
-    wanted = names(layer)
-    if layer.kind == "conv":
-        made = _convs(layer, bias, dict(rest))
-    else:
-        made = _linears(layer, bias, semi=SEMI in wanted)
-    return {name: made[name] for name in wanted}
+    makers = _convs(layer, bias, dict(rest)) if layer.kind == "conv" else _linears(layer, bias)
+    return {name: _made(makers[name]) for name in names(layer)}
+
+
+def _made(maker: Callable[[], Run]) -> Run:
+    """What `maker` makes or, where a library refuses, a function that says so when it is called."""
+    try:
+        return maker()
+    except (RuntimeError, NMError) as error:
+        refusal = error
+
+    def run(x: Tensor) -> Tensor:
+        raise refusal
+
+    return run
 
 
 def multiply_adds(layer: Layer, seen: Seen) -> int:
@@ -106,61 +116,60 @@ def _bias(layer: Layer, outputs: int, wanted: bool) -> Tensor | None:
     return layer.weight.new_zeros(outputs) if wanted else None
 
 
-def _linears(layer: Layer, bias: bool, semi: bool) -> dict[str, Run]:
+def _linears(layer: Layer, bias: bool) -> dict[str, Callable[[], Run]]:
     weight, transposed = layer.weight.detach(), layer.dim == 0
     outputs, inputs = weight.shape[1 - layer.dim], weight.shape[layer.dim]
     vector = _bias(layer, outputs, bias)
-    values, index = pack_weight(weight, layer.dim, 1, layer.pattern)
-    copy, n, m = WeightCopy(), layer.pattern.n, layer.pattern.m
+    n, m = layer.pattern.n, layer.pattern.m
 
     def dense(x: Tensor) -> Tensor:
         if transposed:
             return torch.addmm(vector, x, weight)  # type: ignore[arg-type]  # it has a bias
         return F.linear(x, weight, vector)
 
-    made = {
-        DENSE: dense,
-        PREPACKED: lambda x: linear_prepacked(x, weight, vector, copy, transposed),
-        PACKED: lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m),
-    }
-    if semi:
-        backend = semi_structured.backend_of(weight.device)
-        assert not isinstance(backend, str), backend
-        try:
-            tensors = semi_structured.compress(weight.t() if transposed else weight, backend)
-        except (RuntimeError, NMError) as error:
-            made[SEMI] = _failing(error)
-            return made
-        made[SEMI] = lambda x: linear_semi_structured(
-            x, *tensors, vector, outputs, inputs, weight.dtype
-        )
-    return made
+    def prepacked() -> Run:
+        copy = WeightCopy()
+        return lambda x: linear_prepacked(x, weight, vector, copy, transposed)
 
+    def packed() -> Run:
+        values, index = pack_weight(weight, layer.dim, 1, layer.pattern)
+        return lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m)
 
-def _failing(error: Exception) -> Run:
-    """A candidate that could not be made: it says why when it is compared with dense."""
-
-    def run(x: Tensor) -> Tensor:
-        raise error
-
-    return run
-
-
-def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Run]:
-    weight, shape = layer.weight.detach(), tuple(layer.weight.shape)
-    vector = _bias(layer, shape[0], bias)
-    values, index = pack_weight(weight, layer.dim, layer.groups, layer.pattern)
-    n, m = layer.pattern.n, layer.pattern.m
-    dense = F.conv1d if len(shape) == 3 else F.conv2d
-    # The copy serves one size of input, and turns away another that comes for the first time.
-    copies: defaultdict[tuple[Any, ...], WeightCopy] = defaultdict(WeightCopy)
-
-    def prepacked(x: Tensor) -> Tensor:
-        copy = copies[x.shape, x.stride()]
-        return conv_prepacked(x, weight, vector, **rest, dims=len(shape) - 2, copy=copy)
+    def semi_structured() -> Run:
+        compressed, meta, _ = compress_weight(weight, layer.dim)
+        constants = outputs, inputs, weight.dtype
+        return lambda x: linear_semi_structured(x, compressed, meta, vector, *constants)
 
     return {
-        DENSE: lambda x: dense(x, weight, vector, **rest),
+        DENSE: lambda: dense,
         PREPACKED: prepacked,
-        PACKED: lambda x: conv_nm(x, values, index, vector, **rest, weight_shape=shape, n=n, m=m),
+        PACKED: packed,
+        SEMI: semi_structured,
+    }
+
+
+def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Callable[[], Run]]:
+    weight, shape = layer.weight.detach(), tuple(layer.weight.shape)
+    vector = _bias(layer, shape[0], bias)
+    n, m = layer.pattern.n, layer.pattern.m
+    dense = F.conv1d if len(shape) == 3 else F.conv2d
+
+    def prepacked() -> Run:
+        # A copy serves one size of input, and turns away another that comes for the first time.
+        copies: defaultdict[tuple[Any, ...], WeightCopy] = defaultdict(WeightCopy)
+
+        def run(x: Tensor) -> Tensor:
+            copy = copies[x.shape, x.stride()]
+            return conv_prepacked(x, weight, vector, **rest, dims=len(shape) - 2, copy=copy)
+
+        return run
+
+    def packed() -> Run:
+        values, index = pack_weight(weight, layer.dim, layer.groups, layer.pattern)
+        return lambda x: conv_nm(x, values, index, vector, **rest, weight_shape=shape, n=n, m=m)
+
+    return {
+        DENSE: lambda: lambda x: dense(x, weight, vector, **rest),
+        PREPACKED: prepacked,
+        PACKED: packed,
     }
