@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fake_timer import DENSE_WINS, install
 from torch import Tensor, fx, nn
@@ -376,3 +377,17 @@ def test_gpu_time_is_taken_between_events(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == {"dense": 2.5}
     assert log[:2] == ["run", "evict"], "a warm-up, then the caches are emptied"
     assert log[2:7] == ["sleep", "record", "run", "record", "wait"]
+
+
+def test_ddp_takes_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It broadcasts them, and torch.distributed sends no 16-bit integers."""
+    fast = lowered(monkeypatch)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(fast)
+        assert torch.equal(wrapped(X), fast(X))
+        fast.register_buffer("short", torch.zeros(2, dtype=torch.int16))
+        with pytest.raises(RuntimeError, match="scalar type"):
+            nn.parallel.DistributedDataParallel(fast)
+    finally:
+        dist.destroy_process_group()
