@@ -24,6 +24,7 @@ than eager, so the size is part of what the copy is kept for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,8 @@ def conv_prepacked(
 ) -> Tensor:
     """conv1d or conv2d, through the blocked copy of `weight` where that is possible.
 
-    Whatever the copy does not serve, see `serves`, runs the plain operator; so does an input whose
-    size is not the one that the copy was laid out for, unless that size comes twice in a row.
+    Whatever the copies do not serve, see `serves`, runs the plain operator; so does an input whose
+    size is none of the first that came, for which copies were laid out.
 
     Args:
         input: (batch, channels, *size); without a batch the plain operator runs.
@@ -64,7 +65,8 @@ def conv_prepacked(
     if not (serves(input, weight, bias) and _is_batch(input, weight) and _is_dense(weight)):
         return plain(input, weight, bias, stride, padding, dilation, groups)
     bias_shape = None if bias is None else bias.shape
-    use = (input.shape, input.stride(), bias_shape, stride, padding, dilation, groups)
+    options = (each(stride, dims), each(dilation, dims), groups, str(padding))
+    use = (input.shape, input.stride(), bias_shape, *map(_hashable, options))
 
     def make() -> tuple[Tensor, tuple[int, ...]]:
         # It says which layout the result has, and refuses what does not fit.
@@ -104,6 +106,10 @@ def _pictures(
     if dims == 1:
         return x.unsqueeze(2), [0, *pads], [1, *steps], [1, *spread]
     return x, pads, steps, spread
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_batch(input: Tensor, weight: Tensor) -> bool:

@@ -1,13 +1,14 @@
-"""A copy of one dense weight in a layout that oneDNN likes, and when it may be used.
+"""Copies of one dense weight in layouts that oneDNN likes, and when they may be used.
 
 torch's eager operators lay a weight out anew inside every call; oneDNN can keep the result. The
-dense weight stays the parameter, and the copy is no state: it is made on the first call that can
-use it, left out of copies and pickles, and made again when the weight has changed.
+dense weight stays the parameter, and the copies are no state: they are made on the first calls that
+can use them, left out of copies and pickles, and made again when the weight has changed.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,48 +18,63 @@ from torch import Tensor
 from ..mask import as_bits
 
 _SAMPLES = 64
+# A prompt and a decoding step, or two batch sizes; each copy is as large as the weight.
+MOST_COPIES = 2
 
 
 class WeightCopy:
-    """The copy of one weight; empty at first, and again after copying or pickling."""
+    """The copies of one weight; none at first, and again after copying or pickling."""
 
     def __init__(self) -> None:
-        # One tuple, so that a thread never sees the copy of one weight with the key of another.
-        self._state: tuple[Any, Any, Tensor, Tensor, Any] | None = None
-        self._missed: Any = None
+        # One tuple, so that a thread never sees the copies of one weight with the key of another.
+        self._state: tuple[Any, Tensor, Tensor, dict[Any, Any]] | None = None
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightCopy, ()
 
-    def of(self, weight: Tensor, use: Any, make: Callable[[], Any]) -> Any:
-        """The copy of `weight` as it is now, or None while it serves another use.
+    @property
+    def count(self) -> int:
+        """How many copies there are."""
+        state = self._state
+        return 0 if state is None else len(state[3])
 
-        One copy is kept. A new use gets it when it comes twice in a row: uses that alternate would
-        otherwise lay the weight out in every call, which is what the copy is there to avoid.
+    def of(self, weight: Tensor, use: Any, make: Callable[[], Any]) -> Any:
+        """The copy of `weight` as it is now for a use, or None if others came first.
+
+        The first `MOST_COPIES` uses get one each and keep it as long as the weight stays: copies
+        that took turns would be laid out again and again, and one input would be computed in two
+        ways, with two roundings, depending on what other threads ask for.
 
         The version counter tells of every write but those through `.data`; these are told by a
         sample of the elements, which a write to a few single ones can miss.
 
         Args:
             weight: dense in memory, of any order of strides.
-            use: what the layout depends on beside the weight; compared with ==.
+            use: what the layout depends on beside the weight; hashable.
             make: makes what is kept; called when there is none for this weight and use.
         """
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride())
         state = self._state
-        fresh = state is not None and state[0] == key and torch.equal(state[2], state[3])
-        if fresh and state is not None and state[1] != use:
-            missed, self._missed = self._missed, use
-            if missed != use:
-                return None
-            fresh = False
-        self._missed = None
-        if not fresh or state is None:
-            with torch.no_grad():
-                flat = as_bits(weight.detach()).as_strided((weight.numel(),), (1,))
-                probe = flat[:: max(1, flat.numel() // _SAMPLES)]
-                self._state = state = (key, use, probe, probe.clone(), make())
-        return state[4]
+        if _is_fresh(state, key) and state is not None and use in state[3]:
+            return state[3][use]
+        with self._lock:
+            state = self._state
+            if state is None or not _is_fresh(state, key):
+                with torch.no_grad():
+                    flat = as_bits(weight.detach()).as_strided((weight.numel(),), (1,))
+                    probe = flat[:: max(1, flat.numel() // _SAMPLES)]
+                    state = (key, probe, probe.clone(), {})
+            copies = state[3]
+            if use not in copies and len(copies) < MOST_COPIES:
+                with torch.no_grad():
+                    copies = {**copies, use: make()}
+                self._state = (*state[:3], copies)
+            return copies.get(use)
+
+
+def _is_fresh(state: Any, key: Any) -> bool:
+    return state is not None and state[0] == key and torch.equal(state[1], state[2])
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
