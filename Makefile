@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Test workers: one per core of the machine CI runs on.
 WORKERS ?= 2
 
-NEEDED := torch numpy rich tqdm sklearn matplotlib transformers setuptools \
+NEEDED := torch numpy rich safetensors tqdm sklearn matplotlib transformers setuptools \
 	pytest xdist hypothesis expecttest ruff mypy
 
 # A python3 that has everything (an activated environment) is used as it is, and nothing is

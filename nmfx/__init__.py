@@ -7,13 +7,16 @@
 N:M always means: keep N of every M.
 """
 
+from . import plot
 from .attach import Attachment, attach
 from .audit import verify
 from .errors import NMError
 from .fold import fold
+from .load import load
 from .lower import lower
 from .mask import is_nm, nm_mask
 from .metrics import Sad, sad
+from .monitor import Monitor
 from .ops.conv_nm import conv_nm
 from .ops.keep import keep
 from .ops.linear_nm import linear_nm
@@ -21,14 +24,18 @@ from .ops.sr_ste import sr_ste
 from .pattern import Pattern
 from .preview import preview
 from .report import Report, report
+from .save import save
 from .schedule import freeze, masks, set_lambda, set_pattern, unfreeze
 from .sparsify import sparsify, unsparsify
+from .state import load_state_dict, state_dict
 from .trace import trace
+from .version import NMFX
 
-__version__ = "0.1.0.dev0"
+__version__ = NMFX
 
 __all__ = [
     "Attachment",
+    "Monitor",
     "NMError",
     "Pattern",
     "Report",
@@ -40,16 +47,21 @@ __all__ = [
     "is_nm",
     "keep",
     "linear_nm",
+    "load",
+    "load_state_dict",
     "lower",
     "masks",
     "nm_mask",
+    "plot",
     "preview",
     "report",
     "sad",
+    "save",
     "set_lambda",
     "set_pattern",
     "sparsify",
     "sr_ste",
+    "state_dict",
     "trace",
     "unfreeze",
     "unsparsify",

@@ -27,7 +27,7 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, join, stored_names
+from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, join, marks_of, stored_names
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -112,14 +112,14 @@ def lower(
             job = _Job(model, calls, expected, targets, undo, fusing, inplace)
             notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
-                candidate.host.__dict__.setdefault(SKIPPED, {})[candidate.path] = reason
-            model.__dict__[NOTES] = tuple(notes)
+                marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
+            marks_of(model)[NOTES] = tuple(notes)
         except BaseException:  # Ctrl-C too
             fusing.undo()
             if undo is not None:
                 undo()  # after: its graphs are those from before anything was packed
             bake(model)
-            model.__dict__.pop(NOTES, None)
+            marks_of(model).pop(NOTES, None)
             raise
     return model
 
@@ -236,7 +236,7 @@ def _apply(target: Target, choice: Choice) -> None:
 
 def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) -> None:
     """Leaves the reason and the measurement on the layer, for the report."""
-    fields, path = target.candidate.host.__dict__, target.candidate.path
+    fields, path = marks_of(target.candidate.host), target.candidate.path
     state = ["folded"] if choice is not None and choice.name == DENSE else []
     texts = [reason, *state, *job.fusing.remarks(target)]
     fields.setdefault(SKIPPED, {})[path] = "; ".join(text for text in texts if text)

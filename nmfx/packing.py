@@ -14,6 +14,14 @@ with zeros); the kept elements of a row, N per group in ascending column order, 
 
     B = 2 for M <= 4, 4 for M <= 16, 8 for M <= 64
 
+A linear layer's (out, in) weight is packed as it is, one stored as (in, out) (Hugging Face's
+Conv1D, `dim` 0) transposed. A convolution's (out, in / groups, *kernel) weight has the columns
+(*kernel position, channel), channels fastest, and each of its groups fills whole blocks of its own,
+one after the other. In a file they are the tensors `<weight>_values` and `<weight>_index`,
+little-endian; shape, dim, groups and pattern are in the entry `<weight>` of "layers" in the JSON
+text "nmfx" of the file's metadata (`storage/spec.py`). `tests/test_packed_reader.py` reads it
+without torch.
+
 Why so: a vector of 16 lanes holds 16 output rows, so that kernels add nothing across lanes and read
 both tensors front to back; a shift by B brings the next field to the bottom of its lane; the halves
 are two 16-bit indices side by side, as the permutation of bfloat16 pairs wants them.
@@ -177,8 +185,9 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     size, itemsize = weight.shape[dim], weight.dtype.itemsize
     columns = size * weight.shape[2:].numel()  # of a convolution: all kernel positions
     best, best_bytes = None, BLOCK * columns * itemsize  # of one block: all blocks are alike
-    # A pattern that saves anything keeps fewer than all: a dense weight is out after one pass.
-    if not weight.numel() or int(nonzero.sum()) == weight.numel():
+    # No pattern but N = M keeps more than 63 of 64: a dense weight is out after one pass, also one
+    # that has a few zeros by chance.
+    if not weight.numel() or int(nonzero.sum()) > weight.numel() * (MAX_M - 1) / MAX_M:
         return None
     for m in range(2, min(size, MAX_M) + 1):
         if size % m == 0:

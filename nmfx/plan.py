@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from .capture.candidates import Candidate, find_candidates
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
-from .capture.site import SKIPPED, SiteRef, get_path, iter_sites
+from .capture.site import SKIPPED, SiteRef, get_path, iter_sites, marks_of
 from .errors import NMError
 from .graph.rewrite import can_pack
 from .packing import detect_pattern, makes_smaller
@@ -98,7 +98,7 @@ def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
     """A layer that was never sparsified keeps the reason it has."""
     if ref is not None:
         return f"{reason}; folded"
-    return candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, reason)
+    return marks_of(candidate.host).get(SKIPPED, {}).get(candidate.path, reason)
 
 
 def _unpackable_graph(candidate: Candidate) -> str | None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import html
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import MEASURED, NOTES, SKIPPED, get_path, stored_names
+from .capture.site import COPY, MEASURED, NOTES, SKIPPED, get_path, marks_of, stored_names
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -120,17 +126,57 @@ class Report:
         # Wide enough for any row: a table in a log must not be cut to the terminal's width.
         Console(file=buffer, width=10_000, color_system=None).print(self)
         lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _summary(self) -> list[str]:
         t = self.totals
         share = t["weights_sparse"] / t["weights"] if t["weights"] else 0.0
-        lines += [
-            "",
+        return [
             f"{t['layers_sparse']} of {t['layers']} layers and {share:.1%} of their "
             f"{t['weights']:,} weights are N:M sparse (N:M keeps N of every M); "
             f"{t['bytes_dense']:,} bytes dense, {t['bytes']:,} as stored",
             *self._decay_lines(),
             *self.notes,
         ]
-        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"rows": [{attribute of `Row`: plain value}], "totals": {...}, "notes": [...]}."""
+        return {
+            "rows": [_plain(row) for row in self.rows],
+            "totals": self.totals,
+            "notes": list(self.notes),
+        }
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows as a table, one line per weight."""
+        names = [one.name for one in dataclasses.fields(Row)] + ["ratio"]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({key: _cell(value) for key, value in _plain(row).items()})
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        table = self.__rich__()
+        columns = [
+            (str(column.header), column.justify, [str(cell) for cell in column.cells])
+            for column in table.columns
+        ]
+        head = "".join(
+            f"<th style='text-align:{side}'>{html.escape(name)}</th>" for name, side, _ in columns
+        )
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f"<td style='text-align:{side}'>{html.escape(str(Text.from_markup(cells[i])))}</td>"
+                for _, side, cells in columns
+            )
+            + "</tr>"
+            for i in range(len(self.rows))
+        )
+        text = "<br>".join(html.escape(line) for line in self._summary())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{text}</p>"
 
     def _decay_lines(self) -> list[str]:
         """Where the SR-STE decay acts: one line per strength and place."""
@@ -153,6 +199,18 @@ def _times(row: Row) -> list[str]:
     return [rows, f"{row.ms_dense:.3f}", f"{row.ms_chosen:.3f}", f"{row.ratio:.2f}x"]
 
 
+def _plain(row: Row) -> dict[str, Any]:
+    """A row in values that JSON has."""
+    fields = {one.name: getattr(row, one.name) for one in dataclasses.fields(row)}
+    fields |= {"shape": list(row.shape), "rows": list(row.rows), "ratio": row.ratio}
+    fields["pattern"] = None if row.pattern is None else row.pattern.text
+    return fields
+
+
+def _cell(value: Any) -> Any:
+    return "x".join(map(str, value)) if isinstance(value, list) else value
+
+
 def report(model: nn.Module) -> Report:
     """One row per linear and conv weight of any model: pattern, state, or the reason it is dense.
 
@@ -165,7 +223,7 @@ def report(model: nn.Module) -> Report:
         raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
     candidates = list(find_candidates(model))
     rows = tuple(_row(candidate) for candidate in candidates)
-    notes = list(model.__dict__.get(NOTES, ()))
+    notes = list(marks_of(model).get(NOTES, ()))
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
     return Report(rows, (*notes, *_plain_masks(candidates)))
@@ -186,8 +244,8 @@ def _plain_masks(candidates: list[Candidate]) -> list[str]:
 
 def _row(candidate: Candidate) -> Row:
     site = candidate.site
-    reason = candidate.host.__dict__.get(SKIPPED, {}).get(candidate.path, "")
-    times = candidate.host.__dict__.get(MEASURED, {}).get(candidate.path, ())
+    reason = marks_of(candidate.host).get(SKIPPED, {}).get(candidate.path, "")
+    times = marks_of(candidate.host).get(MEASURED, {}).get(candidate.path, ())
     dense = dense_bytes(candidate)
     if site is None:
         return Row(
@@ -249,7 +307,8 @@ def _itemsize(candidate: Candidate) -> int:
 def _stored_bytes(candidate: Candidate, dense: int) -> int:
     assert candidate.site is not None
     if candidate.site.state == "prepacked":
-        return 2 * dense
+        copies = candidate.host.__dict__[COPY].count
+        return (1 + max(1, copies)) * dense  # the first is made by the first call
     tensors = [get_path(candidate.host, name) for name in stored_names(candidate.site)]
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
 

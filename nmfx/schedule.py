@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes, refresh
-from .capture.site import SiteRef, mask_name, sites_of
+from .capture.site import SiteRef, control_name, mask_name, sites_of
 from .errors import NMError
-from .mask import nm_mask
+from .mask import as_bits, nm_mask
+from .ops.sr_ste import project
 from .pattern import Pattern
 from .policy import Rules, check_lambda, parse_rules
 
@@ -59,11 +62,16 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
     if any(pattern.m != ref.site.pattern.m for ref, pattern in changes):
         check_classes(model)
     for ref, pattern in changes:
-        new_code = pattern.m != ref.site.pattern.m
-        ref.site.pattern = pattern
-        ref.refresh_control()
-        if new_code:
-            refresh(ref.host, ref.store)
+        change_pattern(ref, pattern)
+
+
+def change_pattern(ref: SiteRef, pattern: Pattern) -> None:
+    """Gives a site another pattern, which fits."""
+    new_code = pattern.m != ref.site.pattern.m
+    ref.site.pattern = pattern
+    ref.refresh_control()
+    if new_code:
+        refresh(ref.host, ref.store)
 
 
 def _check_change(ref: SiteRef, pattern: Pattern) -> None:
@@ -94,9 +102,7 @@ def freeze(model: nn.Module) -> None:
             raise NMError(f"{ref.name}: it is on the meta device, so it has no mask yet")
     check_classes(model)
     with torch.inference_mode(False):  # autograd must be able to save them
-        for ref in refs:
-            ref.store.__dict__[mask_name(ref.index)] = site_mask(ref)
-    _switch(refs, "frozen")
+        fix_masks([(ref, site_mask(ref)) for ref in refs])
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -107,6 +113,18 @@ def unfreeze(model: nn.Module) -> None:
     """
     refs = [ref for ref in sites_of(model, "unfreeze") if ref.site.state == "frozen"]
     check_classes(model)
+    free_masks(refs)
+
+
+def fix_masks(masks: list[tuple[SiteRef, Tensor]]) -> None:
+    """Freezes sites with these masks."""
+    for ref, mask in masks:
+        ref.store.__dict__[mask_name(ref.index)] = mask
+    _switch([ref for ref, _ in masks], "frozen")
+
+
+def free_masks(refs: list[SiteRef]) -> None:
+    """Makes frozen sites sparse again."""
     _switch(refs, "sparse")
     for ref in refs:
         del ref.store.__dict__[mask_name(ref.index)]
@@ -129,6 +147,30 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         NMError: no sparsified layer.
     """
     return {ref.name: site_mask(ref).clone() for ref in sites_of(model, "masks")}
+
+
+def masked_and_mask(ref: SiteRef) -> tuple[Tensor, Tensor]:
+    """The masked weight of a site and its mask, by the kernels that training uses.
+
+    Of a sharded weight: of the part that this process has. The mask is that of `site_mask`, which
+    plain torch computes, many times slower.
+    """
+    weight, site = local_part(ref.parameter.detach()), ref.site
+    if site.state == "frozen":
+        mask = local_part(ref.store.__dict__[mask_name(ref.index)])
+        return torch.where(mask, weight, 0.0), mask
+    control = ref.store.__dict__[control_name(ref.index)]
+    masked = project(weight, control, site.pattern.m, site.dim)
+    kept = as_bits(masked) != 0
+    # Every group keeps N, so if that many are not +0.0, none of those kept is.
+    if int(kept.count_nonzero()) != weight.numel() // site.pattern.m * site.pattern.n:
+        kept = nm_mask(weight, site.pattern, site.dim)
+    return masked, kept
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process has of a sharded tensor (DTensor); any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
 
 
 def site_mask(ref: SiteRef) -> Tensor:

@@ -21,8 +21,10 @@ from .capture.site import (
     get_path,
     holder_of,
     iter_sites,
+    marks_of,
 )
 from .errors import NMError
+from .pattern import Pattern
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
 
 # The default of the SR-STE paper. Reference: arXiv 2102.04010.
@@ -64,23 +66,33 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     if not chosen:
         raise NMError(_nothing(model, decisions))
 
+    install_sites(
+        model,
+        [
+            (d.candidate, new_site(d.candidate, d.pattern, lambda_w))
+            for d in chosen
+            if d.candidate.site is None and d.pattern is not None
+        ],
+    )
+    _note_reasons(decisions)
+    return model
+
+
+def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
+    """Rewrites the hosts of candidates that have no site yet, so that they have these."""
     # Build everything first; what follows only assigns attributes.
-    hosts: dict[nn.Module, list[Decision]] = defaultdict(list)
-    for decision in chosen:
-        if decision.candidate.site is None:
-            hosts[decision.candidate.host].append(decision)
+    hosts: dict[nn.Module, list[tuple[Candidate, Site]]] = defaultdict(list)
+    for candidate, site in new:
+        hosts[candidate.host].append((candidate, site))
     planned = []
-    for host, new in hosts.items():
-        old = list(_store_sites(host))
-        sites = old + [_new_site(decision, lambda_w) for decision in new]
-        in_graph = new[0].candidate.capture == "graph"
+    for host, pairs in hosts.items():
+        sites = [*_store_sites(host), *(site for _, site in pairs)]
+        in_graph = pairs[0][0].capture == "graph"
         planned.append((host, sites, None if in_graph else class_for(host, sites)))
 
     for host, sites, cls in planned:
         _install(host, sites, cls)
     install_guards(model, set(hosts))
-    _note_reasons(decisions)
-    return model
 
 
 def unsparsify(model: nn.Module) -> nn.Module:
@@ -114,9 +126,9 @@ def restore(model: nn.Module) -> None:
     """Removes everything nmfx from a model, except from layers that are lowered."""
     for module in list(model.modules()):
         remove(module)
-        module.__dict__.pop(SKIPPED, None)
+        marks_of(module).pop(SKIPPED, None)
         if SITES not in module.__dict__:
-            module.__dict__.pop(MEASURED, None)
+            marks_of(module).pop(MEASURED, None)
     install_guards(model, {ref.host for ref in iter_sites(model)})  # over lowered layers
 
 
@@ -149,19 +161,10 @@ def _nothing(model: nn.Module, decisions: list[Decision]) -> str:
     )
 
 
-def _new_site(decision: Decision, lambda_w: float) -> Site:
-    c: Candidate = decision.candidate
-    assert decision.pattern is not None
+def new_site(c: Candidate, pattern: Pattern, lambda_w: float) -> Site:
+    """The site that a candidate gets when it is sparsified."""
     return Site(
-        c.path,
-        c.shape,
-        c.dim,
-        c.reduced,
-        decision.pattern,
-        lambda_w,
-        c.kind,
-        c.capture,
-        groups=c.groups,
+        c.path, c.shape, c.dim, c.reduced, pattern, lambda_w, c.kind, c.capture, groups=c.groups
     )
 
 
@@ -191,9 +194,9 @@ def _note_reasons(decisions: list[Decision]) -> None:
     """Leaves the reason on each skipped layer, for the report; replaces those of earlier calls."""
     for decision in decisions:
         candidate = decision.candidate
-        reasons = candidate.host.__dict__.setdefault(SKIPPED, {})
+        reasons = marks_of(candidate.host).setdefault(SKIPPED, {})
         reasons.pop(candidate.path, None)
         if decision.pattern is None and candidate.site is None:
             reasons[candidate.path] = decision.reason
         if not reasons:
-            del candidate.host.__dict__[SKIPPED]
+            del marks_of(candidate.host)[SKIPPED]

@@ -28,7 +28,7 @@ from .graph_module import find_graph_uses
 from .leaf import trace_leaf
 from .lowering import Target
 from .neighbours import NORMS, Neighbour
-from .site import get_path, join
+from .site import FOLDED, REPLACES, get_path, join, marks_of
 
 _ROWS = 64  # converted to float64 at a time
 
@@ -86,6 +86,14 @@ class NormFolding:
         self._steps.append(lambda: table.__setitem__(key, old))
         table[key] = value
 
+    def _mark(self, host: nn.Module, path: str) -> None:
+        """Notes that a batch norm was folded into a weight of `host`."""
+        marks = marks_of(host)
+        if FOLDED not in marks:
+            self._steps.append(lambda: marks.pop(FOLDED, None))
+            marks[FOLDED] = ()
+        self._set(marks, FOLDED, (*marks[FOLDED], path))
+
     def _set_data(self, parameter: nn.Parameter, data: Tensor) -> None:
         old = parameter.data
         self._steps.append(lambda: setattr(parameter, "data", old))
@@ -117,6 +125,8 @@ class NormFolding:
             return "folded in, its weights would overflow"
         table, name = pair.place_of_second()
         nothing = nn.Identity().train(norm.training)
+        nothing.__dict__[REPLACES] = type(norm).__name__
+        self._mark(conv, target.candidate.path)
         self._set_data(weight, new[0])
         # A new parameter: another layer may share the old one.
         self._set(
@@ -129,8 +139,12 @@ class NormFolding:
         return None
 
     @torch.no_grad()
-    def fold_graph(self, target: Target) -> str | None:
+    def fold_graph(self, target: Target, values: tuple[Tensor, Tensor] | None = None) -> str | None:
         """Folds the batch norm behind a convolution of graph capture, if there is one.
+
+        Args:
+            target: the convolution.
+            values: (weight, bias) after folding, where they are known already.
 
         Returns:
             "" if it was folded, None if there is none, else the reason why it stays.
@@ -150,10 +164,11 @@ class NormFolding:
             return "its bias is computed, or read elsewhere"
         weight, bias = target.weight, place.owner._parameters.get(place.name)
         assert isinstance(weight, nn.Parameter)
-        new = folded(weight, bias, **constants)
+        new = folded(weight, bias, **constants) if values is None else values
         if new is None:
             return "folded in, its weights would overflow"
         graph, old = _without_norm(gm, uses[0], place.path), gm.graph
+        self._mark(gm, path)
         self._set_data(weight, new[0])
         table = place.owner._parameters
         if place.name not in table:

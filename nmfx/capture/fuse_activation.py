@@ -19,7 +19,7 @@ from ..ops.linear_nm import linear_nm
 from .install import refresh
 from .lowering import Target
 from .neighbours import Neighbour, activation_of
-from .site import SITES, get_path, packed_names
+from .site import REPLACES, SITES, get_path, packed_names
 
 
 class ActivationFusing:
@@ -60,6 +60,7 @@ class ActivationFusing:
             table, key = pair.place_of_second()
             self._steps.append(lambda: table.__setitem__(key, second))
             table[key] = nn.Identity().train(second.training)
+            table[key].__dict__[REPLACES] = name
         else:
             assert isinstance(pair.caller, fx.GraphModule)
             _drop(second)

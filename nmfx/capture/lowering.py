@@ -108,6 +108,25 @@ class Target:
         buffers[format_name(name)] = format_tensor(self._format).to(weight.device)
         self._replace(buffers, "semi_structured")
 
+    def adopt(self, state: str, tensors: tuple[Tensor, ...], format: str = "") -> None:
+        """Swaps the weight for what a file holds of it: `pack`, `compress` or `prepack` done.
+
+        Args:
+            state: "packed", "semi_structured" or "prepacked".
+            tensors: (values, index) or (compressed, meta), checked; none for "prepacked".
+            format: of semi-structured tensors.
+        """
+        if state == "prepacked":
+            return self.prepack()
+        _, name = self.owner
+        names = packed_names(name) if state == "packed" else compressed_names(name)
+        buffers = dict(zip(names, tensors, strict=True))
+        if state == "semi_structured":
+            self._format = format
+            buffers[format_name(name)] = format_tensor(format).to(self.device)
+        self._replace(buffers, state)
+        return None
+
     def _replace(self, buffers: dict[str, Tensor], state: str) -> None:
         owner, name = self.owner
         for buffer_name, tensor in buffers.items():

@@ -8,8 +8,15 @@ optimizers see the model they knew.
         _nmfx_sites        [Site, ...]                   the schedule, as Python values
         _nmfx_control0     float64 [lambda_W, N]         the same for the compiled graph
         _nmfx_mask0        bool, only while frozen
-        _nmfx_skipped      {parameter below the host: reason}, for the report
-        _nmfx_measured     {parameter below the host: (rows, ms dense, ms chosen)}, for the report
+
+For reports and files there are marks, in `host.__dict__` or, as copies of a GraphModule keep no
+attributes, in its `meta`:
+
+        _nmfx_skipped      {parameter below the host: reason}
+        _nmfx_measured     {parameter below the host: (rows, ms dense, ms chosen)}
+        _nmfx_notes        of a whole lowered model: (line of its report, ...)
+        _nmfx_folded       (parameter below the host, ...): a batch norm was folded into it
+        _nmfx_replaces     of an nn.Identity: "BatchNorm2d", "relu", what stood in its place
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..errors import NMError
 from ..ops.sr_ste import make_control
@@ -81,6 +88,8 @@ SKIPPED = "_nmfx_skipped"
 MEASURED = "_nmfx_measured"
 NOTES = "_nmfx_notes"  # on a lowered model: what `lower` found out about all of it
 COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
+REPLACES = "_nmfx_replaces"
+FOLDED = "_nmfx_folded"
 
 
 def control_name(i: int) -> str:
@@ -149,7 +158,7 @@ def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
         store: where the sites are.
         but: the sites that stay, for a store that must have a list of them at any moment.
     """
-    kept = [SKIPPED, MEASURED, NOTES]
+    kept = [SKIPPED, MEASURED, NOTES, REPLACES, FOLDED]
     if but is not None:
         store.__dict__[SITES] = but
         kept.append(SITES)
@@ -256,6 +265,11 @@ def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
             f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "
             f"dense model here"
         )
+
+
+def marks_of(module: nn.Module) -> dict[str, Any]:
+    """Where the marks of a module are."""
+    return module.meta if isinstance(module, fx.GraphModule) else module.__dict__
 
 
 HOLDER = "_nmfx"  # the child of a GraphModule that is its Holder

@@ -1,0 +1,85 @@
+"""Checks of a file's content that need no model: do tensors and specification fit together?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..capture.packed import check_weight
+from ..capture.site import compressed_names, format_name, packed_names
+from ..errors import NMError
+from ..mask import is_nm
+from .spec import Layer, Spec
+from .tensors import MASK
+
+
+def check_content(spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+    """Checks every N:M layer that a specification names.
+
+    Raises:
+        NMError: the layer, and what does not fit.
+    """
+    for name, target in spec.aliases.items():
+        if target not in spec.tensors or name in spec.tensors:
+            raise NMError(f"the alias {name!r} of {target!r} is none")
+    named = all_names(spec, tensors)
+    for name, layer in spec.layers.items():
+        try:
+            _check_layer(name, layer, named)
+        except KeyError as error:
+            raise NMError(f"{name}: the file has no {error.args[0]!r}") from None
+        except NMError as error:
+            raise NMError(f"{name}: {error}; the file is damaged") from error
+
+
+def all_names(spec: Spec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under all of their names."""
+    return {**tensors, **{name: tensors[target] for name, target in spec.aliases.items()}}
+
+
+def _check_layer(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+    shape, state = layer.shape, layer.state
+    if len(shape) < 2 or shape[layer.dim] % layer.pattern.m:
+        raise NMError(f"{layer.pattern} does not fit shape {shape} along dim {layer.dim}")
+    if layer.groups > 1 and (len(shape) == 2 or shape[0] % layer.groups):
+        raise NMError(f"{layer.groups} groups do not fit shape {shape}")
+    if (layer.dtype is None) == (state == "semi_structured"):
+        raise NMError(f"its dtype is {layer.dtype}, although it is {state}")
+    if layer.activation != "none" and state != "packed":
+        raise NMError(f"its activation is {layer.activation}, although it is {state}")
+    if state == "packed":
+        values, index = (tensors[key] for key in packed_names(name))
+        if values.ndim != 3 or len(values) % layer.groups or len(index) % layer.groups:
+            raise NMError(f"packed values of shape {tuple(values.shape)} are none")
+        check_weight(values, index, shape, layer.dim, layer.groups, layer.pattern)
+        return
+    if state == "semi_structured":
+        for key in (*compressed_names(name), format_name(name)):
+            if tensors[key].dtype != torch.uint8:
+                raise NMError(f"{key} is {tensors[key].dtype}, not uint8")
+        text = bytes(tensors[format_name(name)].flatten().tolist()).decode("latin1")
+        if text != layer.format:
+            raise NMError(f"it is called {layer.format!r} and {text!r}")
+        return
+    weight = tensors[name]
+    if tuple(weight.shape) != shape:
+        raise NMError(f"its shape is {tuple(weight.shape)}, the specification says {shape}")
+    if state == "folded" and not is_nm(weight, layer.pattern, layer.dim):
+        raise NMError(f"it is called folded and breaks {layer.pattern}")
+    if state == "frozen":
+        check_mask(tensors[MASK + name], layer)
+
+
+def check_mask(mask: Tensor, layer: Layer) -> None:
+    """Checks a fixed mask.
+
+    Raises:
+        NMError: not a bool tensor of the layer's shape, or a group that keeps more than N.
+    """
+    if mask.dtype != torch.bool or tuple(mask.shape) != layer.shape:
+        raise NMError(f"its mask is {mask.dtype} {tuple(mask.shape)}, not bool {layer.shape}")
+    kept = mask.unflatten(layer.dim, (-1, layer.pattern.m)).sum(layer.dim + 1)
+    if (kept > layer.pattern.n).any():
+        raise NMError(f"its mask keeps more than {layer.pattern} allows")

@@ -1,0 +1,3 @@
+"""The version, in a module that imports nothing."""
+
+NMFX = "0.1.0.dev0"
