@@ -15,7 +15,7 @@ from .capture.site import NOTES, iter_sites, marks_of, move_state
 from .errors import NMError
 from .mask import same_values
 from .save import uncompiled
-from .storage.content import all_names, check_content
+from .storage.content import all_names, check_content, read_spec
 from .storage.describe import machine
 from .storage.files import Source, open_model
 from .storage.restructure import restructure
@@ -37,7 +37,8 @@ def load(
     gets the form that was chosen when it was lowered; nothing is measured again.
 
     Parameters that stay dense keep their identity and device, and get the values. A layer that was
-    packed loses its dense weight. What was attached to an optimizer stays so.
+    packed loses its dense weight. What was attached to an optimizer stays so. Buffers that are in
+    no state_dict are the code's to compute; only those on the meta device are read.
 
     Files of others (without a specification) are read too: their tensors must be those of `into`.
     If their zeros are N:M, `nmfx.lower` takes the result.
@@ -57,7 +58,12 @@ def load(
         NMError: a damaged file, a file of a later version, or another model. `into` is unchanged.
         FileNotFoundError: nothing is there.
     """
-    model = uncompiled(into, "load")
+    with torch.inference_mode(False):  # what it makes must be good for training too
+        _load(path, uncompiled(into, "load"), device)
+    return into
+
+
+def _load(path: str | os.PathLike[str], model: nn.Module, device: torch.device | str) -> None:
     check_classes(model)
     place = _device(device)
     source = open_model(path)
@@ -77,7 +83,6 @@ def load(
         else:  # every value is here and checked, so the way out is forward
             _finish(model, *plan)
         raise
-    return into
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -91,13 +96,10 @@ def _device(device: torch.device | str) -> torch.device:
 
 def _read(source: Source) -> tuple[Spec | None, dict[str, Tensor]]:
     """The specification and all tensors, checked."""
-    if source.spec is None:
-        return None, dict(source.read())
     try:
-        spec = Spec.from_json(source.spec)
-        odd = sorted(source.files.keys() ^ spec.tensors.keys())
-        if odd:
-            raise NMError(f"the file and its specification disagree about {odd[0]!r}")
+        spec = read_spec(source)
+        if spec is None:
+            return None, dict(source.read())
         tensors = dict(source.read(spec.tensors))
         check_content(spec, tensors)
     except NMError as error:
@@ -127,12 +129,12 @@ def _match(
     """
     where = source.place.single
     slots = slots_of(model)
-    lowered = {id(value) for value in named.values()}
+    adopted = {id(value) for value in named.values()}
     pending: dict[Any, _Pending] = {}
     missing: dict[Any, str] = {}
     used: set[str] = set()
     for name, slot in slots.items():
-        tensor, key = slot.tensor, (same_memory(slot.tensor))
+        tensor, key = slot.tensor, same_memory(slot.tensor)
         if not slot.persistent and not tensor.is_meta:
             continue
         value = named.get(file_name(name, slot))
@@ -142,8 +144,9 @@ def _match(
             missing[key] = name
             continue
         used.add(file_name(name, slot))
-        if id(tensor) in lowered:
+        if id(tensor) in adopted:
             continue  # it is the file's already
+        _check_writable(name, tensor)
         if value.shape != tensor.shape or value.dtype != tensor.dtype:
             raise NMError(
                 f"{where}: {name} is {value.dtype} {tuple(value.shape)} there and {tensor.dtype} "
@@ -168,6 +171,17 @@ def _match(
     return list(pending.values())
 
 
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise NMError(
+            f"{name}: it was made in torch.inference_mode(); build the model outside of it"
+        )
+    if any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise NMError(f"{name}: its elements share memory (an expanded tensor); clone it first")
+
+
 def _absent(where: Any, name: str, slot: Slot) -> str:
     if slot.persistent:
         return f"{where}: it has no {name}, which the model has; build the model that was saved"
@@ -180,10 +194,12 @@ def _absent(where: Any, name: str, slot: Slot) -> str:
 def _fresh(pending: list[_Pending], device: torch.device) -> dict[int, Tensor]:
     """New tensors for places on the meta device, by the id of their `_Pending`."""
     fresh: dict[int, Tensor] = {}
+    used: set[int] = set()  # a value that several get is copied: they are not tied
     for one in pending:
         old = one.slots[0].tensor
         if old.is_meta:
-            value = one.value.to(device)
+            value = one.value.to(device, copy=id(one.value) in used)
+            used.add(id(one.value))
             is_parameter = isinstance(old, nn.Parameter)
             fresh[id(one)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
     return fresh

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture.site import SiteRef, sites_of
+from .capture.site import SiteRef, iter_sites, sites_of
 from .errors import NMError
 from .mask_bits import count_ones, mask_bits
 from .schedule import local_part, masked_and_mask
@@ -36,7 +36,7 @@ class Monitor:
 
     Args:
         model: sparsified. Layers that are sparsified, frozen or lowered later are followed from
-            then on, or no longer.
+            then on, or no longer. Of sharded weights (DTensor), this process's part is counted.
         every: steps between two measurements. None: as few as keep the time for measuring under
             `budget` of the whole.
         budget: share of the time between calls of `step` that measuring may take.
@@ -94,10 +94,11 @@ class Monitor:
         return self.measure() if self._due() else {}
 
     def measure(self) -> dict[str, float]:
-        """Measures now; see `step`."""
+        """Measures now; see `step`. Empty if no sparsified layer is left."""
         begin = time.perf_counter()
         values = self._measure()
-        self.history.append(values)
+        if values:
+            self.history.append(values)
         now = time.perf_counter()
         cost = now - begin
         self._spent_s += cost
@@ -118,7 +119,7 @@ class Monitor:
         )
 
     def _refs(self) -> list[SiteRef]:
-        return sites_of(self._model, "Monitor.step")
+        return [ref for ref in iter_sites(self._model) if not ref.site.lowered]
 
     def _first(self) -> None:
         begin = time.perf_counter()
@@ -155,7 +156,7 @@ class Monitor:
             self._latest[ref.name] = bits
         for gone in self._start.keys() - counts.keys():
             del self._start[gone], self._latest[gone]
-        return _values(self._step, steps, counts)
+        return _values(self._step, steps, counts) if counts else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs: plain values and tensors, safe for `torch.load`."""
@@ -186,7 +187,7 @@ class Monitor:
                 {str(name): float(value) for name, value in values.items()}
                 for values in state["history"]
             ]
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, NMError):
                 raise
             raise NMError(f"the state is not that of a Monitor: {error!r}") from error

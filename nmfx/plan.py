@@ -9,7 +9,15 @@ from torch import Tensor, fx, nn
 from .capture.candidates import Candidate, find_candidates
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
-from .capture.site import SKIPPED, SiteRef, get_path, iter_sites, marks_of
+from .capture.site import (
+    SKIPPED,
+    SiteRef,
+    compressed_names,
+    get_path,
+    iter_sites,
+    marks_of,
+    packed_names,
+)
 from .errors import NMError
 from .graph.rewrite import can_pack
 from .packing import detect_pattern, makes_smaller
@@ -87,6 +95,11 @@ def obstacle_to_packing(candidate: Candidate, pattern: Pattern, weight: Tensor) 
         return f"{dims}{candidate.kind} has no packed kernel yet"
     if candidate.capture == "scoped":
         return "its weight is not read by a traced linear"
+    owner, _, name = candidate.path.rpartition(".")
+    module = get_path(candidate.host, owner) if owner else candidate.host
+    taken = [key for key in (*packed_names(name), *compressed_names(name)) if hasattr(module, key)]
+    if taken:
+        return f"it has an attribute {taken[0]} of its own"
     shape, dim = weight.shape, candidate.dim
     columns = shape[dim] if len(shape) == 2 else shape[1:].numel()
     if not makes_smaller(columns, pattern, weight.dtype.itemsize):

@@ -75,7 +75,10 @@ def check_lambda(lambda_w: Any) -> float:
             f"lambda_w={lambda_w!r} is not finite and >= 0: SR-STE decays pruned weights towards "
             f"zero, 0 is plain STE; the paper's default is 2e-4"
         )
-    return float(lambda_w)
+    try:
+        return float(lambda_w)
+    except OverflowError:
+        raise NMError("lambda_w is an integer that no float holds") from None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def save(
     description = describe(model)
     _check_dtypes(description.tensors)
     with torch.no_grad():
-        tensors = {name: _plain(tensor) for name, tensor in description.tensors.items()}
+        places: set[int] = set()
+        tensors = {name: _plain(tensor, places) for name, tensor in description.tensors.items()}
     stored = {name: stored_as(tensor) for name, tensor in tensors.items()}
     spec = Spec(
         NMFX,
@@ -83,11 +84,20 @@ def uncompiled(model: nn.Module, verb: str) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU, in memory that no other tensor has a part of."""
+def _plain(tensor: Tensor, places: set[int]) -> Tensor:
+    """Contiguous, on the CPU, in memory that no other tensor has a part of.
+
+    Args:
+        tensor: of the model.
+        places: where the memory of those before begins; that of this one is added.
+    """
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-    whole = plain.untyped_storage().nbytes() == plain.nbytes
-    return plain if whole else plain.clone()
+    storage = plain.untyped_storage()
+    if storage.nbytes() != plain.nbytes or storage.data_ptr() in places:
+        return plain.clone()
+    if plain.numel():
+        places.add(storage.data_ptr())
+    return plain
 
 
 def _bytes(size: int | str) -> int:
@@ -106,7 +116,7 @@ def _check_dtypes(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in known:
             try:
-                safetensors.torch.save({"x": torch.zeros(1, dtype=tensor.dtype)})
+                safetensors.torch.save({"x": torch.zeros(1, dtype=tensor.dtype, device="cpu")})
             except Exception as error:
                 raise NMError(f"{name}: safetensors cannot hold {tensor.dtype}") from error
             known.add(tensor.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .capture.install import check_classes
@@ -91,11 +92,12 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             )
             if kind == "frozen":
                 check_mask(masks[name], layers[name])
-        except (LookupError, TypeError, AttributeError, NMError) as error:
+        except (LookupError, TypeError, AttributeError, OverflowError, NMError) as error:
             raise NMError(f"{name}: {error}") from error
     snapshot = Snapshot(model)
     try:
-        schedule(refs, layers, masks)
+        with torch.inference_mode(False):  # autograd must be able to save what it makes
+            schedule(refs, layers, masks)
     except BaseException:  # Ctrl-C too
         snapshot.restore()
         raise

@@ -151,6 +151,17 @@ def test_check_of_a_packed_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
 
 
+def test_dtypes_without_an_order_are_listed_and_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.ones(4, 8, dtype=torch.int8), "b.weight": torch.zeros(4, 8)}, path)
+    assert "skipped  a.weight: torch.int8" in run(capsys, "check", path, "--pattern", "2:4")
+    rows = {row["name"]: row for row in json.loads(run(capsys, "report", path, "--json"))}
+    assert rows["a.weight"]["density"] is None
+    assert "a.weight" in run(capsys, "report", path)
+
+
 def test_nothing_checked_is_not_a_success(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "check", dense, "--pattern", "2:4", "--only", "small", status=1)
     assert "0 weights" in text
@@ -232,10 +243,11 @@ def test_convert_refuses_what_it_cannot_do(
     )
     assert "name a file" in run(capsys, "convert", dense, tmp_path / "m.bin", *pattern, status=2)
     before = dense.read_bytes()
-    run(
-        capsys, "convert", dense, dense, *pattern
-    )  # a file onto itself is replaced when all is done
-    assert dense.read_bytes() != before
+    for target in (dense, dense.parent):
+        error = run(capsys, "convert", dense, target, *pattern, status=2)
+        assert "write somewhere else" in error
+    assert dense.read_bytes() == before
+    assert not (tmp_path / "o").exists()
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -252,7 +264,10 @@ def test_errors_are_one_line(
     dense.write_bytes(dense.read_bytes()[:-3])
     assert "not a whole safetensors file" in run(capsys, "report", dense, status=2)
     assert "at least 1" in run(capsys, "bench", "--rows", 0, status=2)
-    assert "no such folder" in run(capsys, "bench", "--out", gone / "x.png", status=2)
+    assert "--out" in run(capsys, "bench", "--out", gone / "x.png", status=2)
+    assert "--out" in run(capsys, "bench", "--out", tmp_path / "x.xyz", status=2)
+    assert "--device abacus" in run(capsys, "bench", "--device", "abacus", status=2)
+    assert "no such file or folder" in run(capsys, "report", tmp_path / "nowhere", status=2)
 
 
 def test_output_into_a_pipe_is_plain_and_may_be_cut(dense: Path) -> None:

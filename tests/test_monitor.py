@@ -115,6 +115,10 @@ def test_frozen_layers_neither_flip_nor_decay_and_other_layers_come_and_go() -> 
     lowered = nmfx.lower(model, tune=False)
     with pytest.raises(nmfx.NMError, match="lowered"):
         nmfx.Monitor(lowered)
+    nmfx.lower(model, inplace=True, tune=False)
+    count = len(monitor.history)
+    assert monitor.step() == {}
+    assert len(monitor.history) == count
 
 
 def test_training_is_the_same_with_and_without() -> None:

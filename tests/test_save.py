@@ -188,6 +188,12 @@ def test_semi_structured_layers_come_back_where_the_format_is_known(
     assert rows(model)[0].state == "semi_structured"
     path = saved(model, tmp_path)
     assert_same_model(model, nmfx.load(path, into=make()), torch.ones(3, 64).bfloat16())
+    short = tmp_path / "short"
+    short.mkdir()
+    cut = copy.deepcopy(model)
+    cut[0].weight_compressed = cut[0].weight_compressed[:-1].clone()
+    with pytest.raises(nmfx.NMError, match="bytes; the file is damaged"):
+        nmfx.load(saved(cut, short), into=make())
     monkeypatch.undo()
     into = make()
     before = copy.deepcopy(into)

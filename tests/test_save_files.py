@@ -200,6 +200,26 @@ def test_a_full_disk_is_one_clear_error_and_the_old_model_stays(size: str, tmp_p
     assert_same_model(old, nmfx.load(tmp_path, into=Mlp()), X)
 
 
+def test_an_index_that_cannot_be_read_costs_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _sparse()
+    *_, index = nmfx.save(model, tmp_path, max_shard_size="2KB")
+    before, text = names(tmp_path), index.read_text()
+    index.write_text(text[:-5])
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write_tensors", full)
+        with pytest.raises(OSError, match="no space"):
+            nmfx.save(_packed(), tmp_path, max_shard_size="2KB")
+    assert names(tmp_path) == before
+    index.write_text(text)
+    assert_same_model(model, nmfx.load(tmp_path, into=Mlp()), X)
+
+
 @LINUX
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     model = _sparse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="only the two small shapes")
     parser.add_argument(
-        "--out", type=Path, default=Path("nmfx_bench.png"), help="picture (default: nmfx_bench.png)"
+        "--out", type=Path, help="picture (default: nmfx_bench.png, and none with --json)"
     )
     output.add_json(parser)
     parser.set_defaults(run=run)
@@ -50,8 +51,8 @@ def run(options: argparse.Namespace) -> None:
     patterns = [Pattern.parse(text) for text in options.pattern or PATTERNS]
     if any(rows < 1 for rows in options.rows):
         raise NMError(f"--rows {min(options.rows)}: at least 1")
-    if not options.out.parent.is_dir():
-        raise FileNotFoundError(f"{options.out.parent}: no such folder")
+    out = options.out or (None if options.json else Path("nmfx_bench.png"))
+    _check(out, options.device)  # now, not after minutes
     shapes = SHAPES[-2:] if options.quick else SHAPES
     work = [(s, p, r) for s in shapes for p in patterns for r in options.rows]
     results = [_time(*one, options) for one in progress(work, "measuring", "layer")]
@@ -79,9 +80,26 @@ def run(options: argparse.Namespace) -> None:
             ),
         )
         output.say()
-    _draw(results, options, machine(device))
+    if out is not None:
+        _draw(results, options, machine(device), out)
     if not options.json:
-        output.say(f"picture: {options.out}")
+        output.say(f"picture: {out}")
+
+
+def _check(out: Path | None, device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise NMError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if out is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise NMError("the picture needs matplotlib: pip install matplotlib; --json does without")
+    from ..demo.drawing import check_path
+
+    problem = check_path(out)
+    if problem:
+        raise NMError(f"--out {out}: {problem}")
 
 
 def _time(
@@ -120,11 +138,11 @@ class _Many(nn.Module):
         return self.layers[0](x)
 
 
-def _draw(results: list[dict[str, Any]], options: argparse.Namespace, where: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise NMError("the picture needs matplotlib: pip install matplotlib") from None
+def _draw(
+    results: list[dict[str, Any]], options: argparse.Namespace, where: str, out: Path
+) -> None:
+    from matplotlib.figure import Figure
+
     shapes = list(dict.fromkeys((one["out"], one["in"]) for one in results))
     patterns = list(dict.fromkeys(one["pattern"] for one in results))
     figure = Figure(figsize=(3.2 * len(shapes) + 0.6, 3.6), layout="constrained")
@@ -150,4 +168,4 @@ def _draw(results: list[dict[str, Any]], options: argparse.Namespace, where: str
     panels[0].set_ylim(bottom=0)
     panels[0].legend(title="pattern")
     figure.suptitle(f"nmfx, linear layers in {options.dtype}: {where}", fontsize=9)
-    figure.savefig(options.out, dpi=150)
+    figure.savefig(out, dpi=150)

@@ -7,9 +7,10 @@ import sys
 
 from ..mask import magnitude
 from ..pattern import Pattern
+from ..storage.files import open_model
 from ..tuning.progress import progress_of
 from . import output
-from .weights import Weight, add_options, check_globs, opened, weights
+from .weights import Weight, add_options, check_globs, weights
 
 
 def add_command(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     """
     pattern = Pattern.parse(options.pattern)
     rows = []
-    for weight in progress_of(weights(opened(options.file), options), "checking"):
+    for weight in progress_of(weights(open_model(options.file), options), "checking"):
         skipped = weight.reason or _does_not_fit(weight, pattern)
         broken = None if skipped else first_offence(weight, pattern)
         rows.append({"name": weight.name, "skipped": skipped or None, "broken": broken})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,13 +15,22 @@ from torch import Tensor
 from ..errors import NMError
 from ..mask import nm_project
 from ..pattern import Pattern
-from ..storage.files import SUFFIX, Place, Source, Writer, place_of, stored_as
+from ..storage.content import read_spec
+from ..storage.files import (
+    SUFFIX,
+    Place,
+    Source,
+    Writer,
+    open_model,
+    place_of,
+    stored_as,
+)
 from ..storage.spec import Layer, Spec, Stored
 from ..tuning.progress import progress
 from ..version import NMFX
 from . import output
 from .check import first_offence
-from .weights import Weight, add_globs, check_globs, in_order, judge, opened, read_spec
+from .weights import Weight, add_globs, check_globs, in_order, judge
 
 # What lies beside the weights in a folder of Hugging Face and belongs to the model.
 _BESIDE = (".json", ".txt", ".model", ".py", ".jinja", ".md")
@@ -48,13 +59,13 @@ def run(options: argparse.Namespace) -> None:
             layers; nothing to convert. Nothing is written then.
     """
     pattern = Pattern.parse(options.pattern)
-    source = opened(options.source)
+    source = open_model(options.source)
     spec = _plain_spec(source, options.source)
-    place = _target(options.source, options.target)
+    place = _target(source, options.target)
     files = list(dict.fromkeys(source.files.values()))
     stored: dict[str, Stored] = {}
     rows: list[_Row] = []
-    with Writer(place, len(files)) as writer:
+    with _made(place.folder), Writer(place, len(files)) as writer:
         for path in progress(files, "converting", "file"):
             tensors = {}
             for name, tensor in source.read_file(path, None if spec is None else spec.tensors):
@@ -72,11 +83,25 @@ def run(options: argparse.Namespace) -> None:
         layers = {row.name: row.layer for row in rows if row.layer is not None}
         if not layers:
             raise NMError(f"{options.source}: it has no weight that {pattern} fits")
-        aliases = {} if spec is None else spec.aliases
-        text = Spec(NMFX, str(torch.__version__), "", stored, aliases, layers).to_json()
-        written = writer.finish(text)
+        old = Spec(NMFX, str(torch.__version__), "", stored) if spec is None else spec
+        new = replace(old, tensors=stored, layers={**old.layers, **layers})
+        written = writer.finish(new.to_json())
     _copy_beside(source, place)
     _show(rows, pattern, written, options.json)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes it back if the block fails."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @dataclass
@@ -99,6 +124,8 @@ def _convert(weight: Weight, pattern: Pattern, prune: bool) -> _Row:
         return _Row(name, tensor, None, f"dense: {reason}", 1.0)
     kind = "conv" if tensor.ndim > 2 else "linear" if dim == 1 else "addmm"
     layer = Layer(pattern, "folded", kind, "", tuple(tensor.shape), dim)
+    if weight.layer is not None:
+        layer = replace(layer, kind=weight.layer.kind, groups=weight.layer.groups)
     broken = first_offence(weight, pattern)
     if broken is None:
         return _Row(name, tensor, layer, f"{pattern.text} already", 1.0)
@@ -138,19 +165,20 @@ def _plain_spec(source: Source, path: Path) -> Spec | None:
     return spec
 
 
-def _target(source: Path, target: Path) -> Place:
-    """Where to: a file for a file, a folder for a folder, which is made."""
+def _target(source: Source, target: Path) -> Place:
+    """Where to: a file, or a folder, which is made when the first file is written."""
     if target.name.endswith(SUFFIX):
         place = place_of(target)
         if not place.folder.is_dir():
             raise FileNotFoundError(f"{place.folder}: no such folder")
-        return place
-    if target.suffix and not target.is_dir():
+    elif target.suffix and not target.is_dir():
         raise NMError(f"{target}: name a file *{SUFFIX}, or a folder")
-    if source.resolve() == target.resolve():
+    else:
+        place = Place(target, "model" + SUFFIX)
+    own = (source.place.folder.resolve(), source.place.name)
+    if (place.folder.resolve(), place.name) == own:
         raise NMError(f"{target}: it is the model to convert; write somewhere else")
-    target.mkdir(parents=True, exist_ok=True)
-    return place_of(target)
+    return place
 
 
 def _copy_beside(source: Source, place: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +21,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def show_json(content: Any) -> None:
     """Prints one JSON value."""
-    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    sys.stdout.write(json.dumps(_finite(content), indent=1) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """NaN and infinities as null: JSON has no others."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def show_table(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 from ..capture.packed import packed_weight_bytes
+from ..mask import DTYPES
 from ..metrics import density
-from ..packing import detect_pattern
+from ..packing import detect_pattern, makes_smaller
+from ..storage.files import open_model
 from ..tuning.progress import progress_of
 from . import output
-from .weights import Weight, add_options, check_globs, in_order, opened, weights
+from .weights import Weight, add_options, check_globs, in_order, weights
 
 
 def add_command(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints one row per weight."""
-    source = opened(options.file)
+    source = open_model(options.file)
     names, rows = [], []
     for weight in progress_of(weights(source, options), "reading"):
         names.append(weight.name)
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
                 row["dtype"],
                 row["state"],
                 row["pattern"] or "-",
-                f"{row['density']:.1%}",
+                "-" if row["density"] is None else f"{row['density']:.1%}",
                 f"{row['bytes']:,}",
                 "-" if row["packed_bytes"] is None else f"{row['packed_bytes']:,}",
             )
@@ -63,11 +65,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _row(weight: Weight) -> dict[str, Any]:
     tensor, layer = weight.tensor, weight.layer
-    if layer is None or layer.state in ("sparse", "frozen"):  # its pruned values are there
+    if tensor.dtype not in DTYPES:
+        pattern = None
+    elif layer is None or layer.state in ("sparse", "frozen"):  # its pruned values are there
         pattern = detect_pattern(tensor, weight.dim)
     else:
         pattern = layer.pattern
-    packed = None
+    packed, columns = None, tensor[:1].numel() if weight.dim else tensor[:, :1].numel()
+    if pattern is not None and not makes_smaller(columns, pattern, tensor.dtype.itemsize):
+        pattern = None
     if pattern is not None:
         groups = 1 if layer is None else layer.groups
         packed = packed_weight_bytes(
@@ -80,7 +86,7 @@ def _row(weight: Weight) -> dict[str, Any]:
         "state": "dense" if layer is None else layer.state,
         "pattern": None if pattern is None else pattern.text,
         "trained_as": None if layer is None else layer.pattern.text,
-        "density": density(tensor),
+        "density": density(tensor) if tensor.dtype in DTYPES else None,
         "bytes": weight.bytes,
         "packed_bytes": packed,
     }

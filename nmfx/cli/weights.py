@@ -1,8 +1,8 @@
 """Which tensors of a file are weights of linear and conv layers, judged without the model.
 
 A file of nmfx says it. In files of others names and shapes must do: weights have two dimensions or
-more and are called "weight"; embeddings, norms and output layers are told by their names, as the
-default policy of `nmfx.sparsify` leaves them dense. Globs overrule that.
+more and names that end in "weight"; embeddings, norms and output layers are told by their names, as
+the default policy of `nmfx.sparsify` leaves them dense. Globs overrule that.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..capture.packed import unpack_weight
 from ..capture.site import packed_names
 from ..errors import NMError
 from ..mask import DTYPES
-from ..storage.content import check_content
-from ..storage.files import Source, open_model
+from ..storage.content import check_content, read_spec
+from ..storage.files import Source
 from ..storage.spec import Layer, Spec
 
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|word_embeddings?|pos_?emb\w*)([._]|$)")
@@ -75,11 +75,6 @@ def add_globs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_spec(source: Source) -> Spec | None:
-    """The specification of a file of nmfx."""
-    return None if source.spec is None else Spec.from_json(source.spec)
-
-
 def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
     """Every tensor that could be a weight; what is surely none is left out.
 
@@ -88,6 +83,9 @@ def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
     """
     spec = read_spec(source)
     layers = {} if spec is None else spec.layers
+    for name, layer in layers.items():
+        if layer.state == "semi_structured":
+            raise NMError(f"{name}: it is {layer.format}, which only its model on that GPU reads")
     waiting: dict[str, tuple[str, Tensor]] = {}
     parts = {
         key: name
@@ -115,6 +113,8 @@ def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
         reason = _chosen(owner, options)
         stored = values.nbytes + index.nbytes
         yield Weight(owner, dense, layer.dim, layer, stored, reason, not reason)
+    if waiting:
+        raise NMError(f"{next(iter(waiting))}: the file has half of it")
 
 
 def _check_packed(spec: Spec, name: str, found: dict[str, Tensor]) -> None:
@@ -133,17 +133,19 @@ def judge(
     name: str, tensor: Tensor, layer: Layer | None, options: argparse.Namespace
 ) -> Weight | None:
     """Judges one tensor by its name, shape and dtype; None if it is no weight at all."""
-    if layer is None and (tensor.ndim < 2 or not (name == "weight" or name.endswith(".weight"))):
+    if layer is None and (tensor.ndim < 2 or not name.endswith("weight")):
         return None
-    if tensor.dtype not in DTYPES:
-        return None
-    module = name.removesuffix("weight").rstrip(".")
+    if layer is not None and tuple(tensor.shape) != layer.shape:
+        raise NMError(f"{name}: its shape is {tuple(tensor.shape)}, the file says {layer.shape}")
+    module = _module(name)
     dim = 1 if layer is None else layer.dim
     if _any(module, options.transposed):
         dim = 0
     reason = _chosen(name, options)
     named = not reason
-    if named and layer is None and not _any(module, options.only):
+    if named and tensor.dtype not in DTYPES:
+        reason = f"{tensor.dtype} has no N:M order here (integer or quantized)"
+    elif named and layer is None and not _any(module, options.only):
         for pattern, what in (
             (_EMBEDDING, "an embedding"),
             (_NORM, "a norm"),
@@ -156,7 +158,7 @@ def judge(
 
 
 def _chosen(name: str, options: argparse.Namespace) -> str:
-    module = name.removesuffix("weight").rstrip(".")
+    module = _module(name)
     if options.only and not _any(module, options.only):
         return "no --only matches it"
     return "--skip matches it" if _any(module, options.skip) else ""
@@ -165,6 +167,11 @@ def _chosen(name: str, options: argparse.Namespace) -> str:
 def in_order(name: str) -> list[object]:
     """A key to sort names by, in which layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _module(name: str) -> str:
+    """The layer that a weight belongs to: what globs match."""
+    return name.removesuffix("weight").rstrip(".")
 
 
 def _any(module: str, globs: list[str]) -> bool:
@@ -180,13 +187,8 @@ def check_globs(found: list[str], options: argparse.Namespace) -> None:
     Raises:
         NMError: the first such glob.
     """
-    modules = [name.removesuffix("weight").rstrip(".") for name in found]
+    modules = [_module(name) for name in found]
     for option in ("only", "skip", "transposed"):
         for glob in getattr(options, option):
             if not any(fnmatch.fnmatchcase(module, glob) for module in modules):
                 raise NMError(f"--{option} {glob} matches no weight of the file")
-
-
-def opened(path: Path) -> Source:
-    """Opens what a command was given."""
-    return open_model(path)

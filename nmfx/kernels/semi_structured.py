@@ -134,6 +134,18 @@ def compressed_bytes(out: int, into: int, backend: Backend) -> int:
     return (out + -out % backend.out) * (into + -into % backend.into) * 9 // 8
 
 
+def has_size(sizes: tuple[int, ...], out: int, into: int, backend: Backend) -> bool:
+    """Whether tensors of so many bytes can be (compressed, meta) of an (out, into) weight.
+
+    The libraries see addresses only, so less would be read past its end. What cuSPARSELt makes may
+    be larger than what it holds.
+    """
+    whole = compressed_bytes(out, into, backend)
+    if backend is CUSPARSELT:
+        return sizes[0] >= whole and sizes[1] == 0
+    return sizes == (whole * 8 // 9, whole // 9)
+
+
 def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """The two tensors of a weight (out, in) that `why_not` has nothing against.
 

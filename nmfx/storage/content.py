@@ -11,8 +11,24 @@ from ..capture.packed import check_weight
 from ..capture.site import compressed_names, format_name, packed_names
 from ..errors import NMError
 from ..mask import is_nm
+from .files import Source
 from .spec import Layer, Spec
 from .tensors import MASK
+
+
+def read_spec(source: Source) -> Spec | None:
+    """The specification of opened files, which must name the same tensors; None in others' files.
+
+    Raises:
+        NMError: a specification that is none, or of other tensors.
+    """
+    if source.spec is None:
+        return None
+    spec = Spec.from_json(source.spec)
+    odd = sorted(source.files.keys() ^ spec.tensors.keys())
+    if odd:
+        raise NMError(f"the file and its specification disagree about {odd[0]!r}")
+    return spec
 
 
 def check_content(spec: Spec, tensors: Mapping[str, Tensor]) -> None:
@@ -24,6 +40,11 @@ def check_content(spec: Spec, tensors: Mapping[str, Tensor]) -> None:
     for name, target in spec.aliases.items():
         if target not in spec.tensors or name in spec.tensors:
             raise NMError(f"the alias {name!r} of {target!r} is none")
+    masks = {name for name in spec.tensors if name.startswith(MASK)}
+    fixed = {MASK + name for name, layer in spec.layers.items() if layer.state == "frozen"}
+    if masks != fixed - spec.aliases.keys():
+        odd = sorted(masks ^ (fixed - spec.aliases.keys()))
+        raise NMError(f"{odd[0]}: a fixed mask without its layer, or the other way round")
     named = all_names(spec, tensors)
     for name, layer in spec.layers.items():
         try:
@@ -55,7 +76,11 @@ def _check_layer(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None
             raise NMError(f"packed values of shape {tuple(values.shape)} are none")
         check_weight(values, index, shape, layer.dim, layer.groups, layer.pattern)
         return
+    if (layer.format != "") != (state == "semi_structured"):
+        raise NMError(f"its format is {layer.format!r}, although it is {state}")
     if state == "semi_structured":
+        if len(shape) != 2:
+            raise NMError(f"no semi-structured weight has the shape {shape}")
         for key in (*compressed_names(name), format_name(name)):
             if tensors[key].dtype != torch.uint8:
                 raise NMError(f"{key} is {tensors[key].dtype}, not uint8")

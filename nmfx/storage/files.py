@@ -87,7 +87,18 @@ def place_of(path: str | os.PathLike[str]) -> Place:
     name = path.name.removesuffix(INDEX)
     if not name.endswith(SUFFIX) or name == SUFFIX:
         raise NMError(f"{path}: files of nmfx are named *{SUFFIX}, or give a folder that exists")
+    if name.startswith(".") or "\\" in name or not is_text(name):
+        raise NMError(f"{str(path)!r}: a name with a dot in front, a backslash or no UTF-8")
     return Place(path.parent, name)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8, as everything in these files is."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -182,6 +193,7 @@ class Writer:
         with _replacing(place.index) as temporary:
             temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
         place.single.unlink(missing_ok=True)  # until here, a reader finds the old model in it
+        _sync(place.folder)
         _sweep(place, set(self._names))
         return [*(place.folder / name for name in self._names), place.index]
 
@@ -268,27 +280,33 @@ class _Alone:
         """Lets others in."""
         handle, self._handle = getattr(self, "_handle", None), None
         if handle is not None:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_UN)  # a fork would keep it otherwise
             os.close(handle)
 
     __del__ = close
 
 
-def _sweep(place: Place, keep: set[str]) -> None:
-    """Deletes temporaries that a killed save left, and shards that no index names."""
+def _sweep(place: Place, keep: set[str] | None) -> None:
+    """Deletes temporaries that a killed save left, and shards not in `keep` (None keeps all)."""
     for path in place.folder.iterdir():
-        ours = path.name.startswith(f".{place.stem}") and path.name.endswith(_TEMPORARY)
-        if ours:
+        made_for = path.name[1:].removesuffix(_TEMPORARY).rpartition(".")[0]
+        own = made_for in (place.single.name, place.index.name) or place.is_shard(made_for)
+        if own and path.name.startswith(".") and path.name.endswith(_TEMPORARY):
             shutil.rmtree(path, ignore_errors=True)
-        elif place.is_shard(path.name) and path.name not in keep:
+        elif keep is not None and place.is_shard(path.name) and path.name not in keep:
             _unlink(path)
 
 
-def _listed(index: Path) -> set[str]:
-    """The shards that an index names; none if there is no index that can be read."""
+def _listed(index: Path) -> set[str] | None:
+    """The shards that an index names; None, so all may be needed, if it cannot be read."""
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except FileNotFoundError:
         return set()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -339,6 +357,9 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         NMError: something that is no such model, or is damaged.
         FileNotFoundError: nothing is there.
     """
+    given = Path(path)
+    if not given.exists() and not given.name.endswith((SUFFIX, INDEX)):
+        raise FileNotFoundError(f"{given}: no such file or folder")
     place = place_of(path)
     # A single file wins: when a model in shards takes its place, it is deleted last.
     if place.single.exists():

@@ -47,9 +47,10 @@ from ..schedule import change_pattern, fix_masks, free_masks
 from ..sparsify import install_sites, new_site
 from .graphs import graph_digests
 from .spec import LOWERED, Layer, Spec
-from .tensors import MASK
+from .tensors import MASK, slots_of
 
 _DENSE = Pattern(1, 1)
+_NORMS = [kind.__name__ for kind in NORMS]
 
 
 def restructure(
@@ -74,6 +75,7 @@ def restructure(
     lowered = {name: layer for name, layer in new.items() if layer.state in LOWERED}
     _lower(model, lowered, tensors, device)
     sparse = {name: layer for name, layer in wanted.items() if layer.state not in LOWERED}
+    _check_shared(model, spec, sparse)
     _sparsify(model, sparse, tensors)
     if spec.graphs:
         found = graph_digests(model)
@@ -113,6 +115,15 @@ def _check_existing(refs: Mapping[str, SiteRef], wanted: Mapping[str, Layer]) ->
                 f"{name}: it is {site.state} ({site.pattern.text}) in the model and {layer.state} "
                 f"({layer.pattern.text}) in the file; load into the dense model"
             )
+
+
+def _check_shared(model: nn.Module, spec: Spec, layers: Mapping[str, Layer]) -> None:
+    """A layer with several names in the file must be one here: only one of them is masked."""
+    slots = slots_of(model)
+    for alias, name in spec.aliases.items():
+        here, there = (slots[key].tensor if key in slots else None for key in (alias, name))
+        if name in layers and here is not there:
+            raise NMError(f"{alias}: it is {name} in the file, and a weight of its own here")
 
 
 def _candidate(found: Mapping[str, Candidate], name: str, layer: Layer) -> Candidate:
@@ -238,6 +249,11 @@ def _moved(
                 f"{name}: the file holds it as {layer.format}, and {device} has {here}; lower the "
                 f"dense model here"
             )
+        out, into = layer.shape[1 - layer.dim], layer.shape[layer.dim]
+        assert not isinstance(backend, str)
+        sizes = tuple(tensors[key].nbytes for key in names)
+        if not semi_structured.has_size(sizes, out, into, backend):
+            raise NMError(f"{name}: its tensors have {sizes} bytes; the file is damaged")
     return tuple(tensors[key].to(device) for key in names)
 
 
@@ -254,7 +270,7 @@ def _drop_fused_nodes(model: nn.Module) -> None:
             if len(sites) != 1 or sites[0].activation == "none":
                 continue
             source, after = node, only_user(node)
-            while after is not None and _is_identity(_called(modules, after)):
+            while after is not None and _passes_on(_called(modules, after)):
                 source, after = after, only_user(after)
             if after is not None and activation(after, source, modules) == sites[0].activation:
                 after.replace_all_uses_with(source)
@@ -269,8 +285,12 @@ def _called(modules: Mapping[str, nn.Module], node: fx.Node) -> Any:
     return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
-def _is_identity(module: nn.Module | None) -> bool:
-    return module is not None and REPLACES in module.__dict__
+def _passes_on(module: nn.Module | None) -> bool:
+    """Whether it may stand between a layer and an activation that the layer computes itself.
+
+    An identity in the place of an activation says that this one is gone already.
+    """
+    return type(module) is nn.Identity and module.__dict__.get(REPLACES) in (None, *_NORMS)
 
 
 def _sparsify(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:

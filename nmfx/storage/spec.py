@@ -244,6 +244,7 @@ def _measured(value: Any, what: str) -> tuple[tuple[int, ...], float, float]:
     return rows, _number(value[1], what), _number(value[2], what)
 
 
+_ANY_SHAPE = _list(_integer(0, _MAX_SIZE), 64)  # torch's own limit
 _SHAPE = _list(_integer(0, _MAX_SIZE), _MAX_DIMS)
 _LAYER: dict[str, _Reader] = {
     "pattern": _pattern,
@@ -262,7 +263,7 @@ _SPEC: dict[str, _Reader] = {
     "nmfx": _text,
     "torch": _text,
     "made_on": _text,
-    "tensors": _table(_record(Stored, {"dtype": _dtype, "shape": _SHAPE, "sha256": _sha256})),
+    "tensors": _table(_record(Stored, {"dtype": _dtype, "shape": _ANY_SHAPE, "sha256": _sha256})),
     "aliases": _table(_text),
     "layers": _table(_record(Layer, _LAYER)),
     "norms": _list(_text),

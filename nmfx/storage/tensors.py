@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..capture.site import join
 from ..errors import NMError
+from .files import is_text
 
 MASK = "nmfx.mask:"
 BUFFER = "nmfx.buffer:"
@@ -46,6 +47,9 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
+                if nn.parameter.is_lazy(tensor):
+                    name = join(prefix, key)
+                    raise NMError(f"{name}: it is lazy; run one forward to give it a shape")
                 if tensor is not None:
                     hidden = table is module._buffers and key in module._non_persistent_buffers_set
                     yield join(prefix, key), Slot(table, key, not hidden)
@@ -63,6 +67,8 @@ def check_storable(name: str, tensor: Tensor) -> None:
         NMError: what it is, and what to do.
     """
     kind = type(tensor).__name__
+    if name == "__metadata__" or not is_text(name):
+        raise NMError(f"{name!r} cannot be the name of a tensor in a safetensors file")
     if tensor.is_meta:
         raise NMError(f"{name}: it is on the meta device, so there is nothing to save")
     if hasattr(tensor, "placements"):
