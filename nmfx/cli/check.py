@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     pattern = Pattern.parse(options.pattern)
     rows = []
     for weight in progress_of(weights(open_model(options.file), options), "checking"):
-        skipped = weight.reason or _does_not_fit(weight, pattern)
+        skipped = weight.reason or does_not_fit(weight, pattern)
         broken = None if skipped else first_offence(weight, pattern)
         rows.append({"name": weight.name, "skipped": skipped or None, "broken": broken})
     check_globs([str(row["name"]) for row in rows], options)
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _does_not_fit(weight: Weight, pattern: Pattern) -> str:
+def does_not_fit(weight: Weight, pattern: Pattern) -> str:
+    """Why a pattern does not fit the shape of a weight, or nothing."""
     length = weight.tensor.shape[weight.dim]
     return f"its {length} inputs are no multiple of {pattern.m}" if length % pattern.m else ""
 

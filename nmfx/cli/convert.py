@@ -29,7 +29,7 @@ from ..storage.spec import Layer, Spec, Stored
 from ..tuning.progress import progress
 from ..version import NMFX
 from . import output
-from .check import first_offence
+from .check import does_not_fit, first_offence
 from .weights import Weight, add_globs, check_globs, in_order, judge
 
 # What lies beside the weights in a folder of Hugging Face and belongs to the model.
@@ -117,9 +117,7 @@ class _Row:
 
 def _convert(weight: Weight, pattern: Pattern, prune: bool) -> _Row:
     name, tensor, dim = weight.name, weight.tensor, weight.dim
-    reason, length = weight.reason, tensor.shape[dim]
-    if not reason and length % pattern.m:
-        reason = f"its {length} inputs are no multiple of {pattern.m}"
+    reason = weight.reason or does_not_fit(weight, pattern)
     if reason:
         return _Row(name, tensor, None, f"dense: {reason}", 1.0)
     kind = "conv" if tensor.ndim > 2 else "linear" if dim == 1 else "addmm"
