@@ -191,8 +191,10 @@ def test_cusparselt_is_called_as_it_wants(rows: int, monkeypatch: pytest.MonkeyP
     w, calls = weight(20, 24, torch.bfloat16), []
 
     def product(
-        compressed: Tensor, x: Tensor, bias: Tensor | None, transpose_result: bool
+        compressed: Tensor, x: Tensor, bias: Tensor | None, transpose_result: bool, alg_id: int
     ) -> Tensor:
+        if alg_id > 2:  # as the library answers
+            raise RuntimeError("invalid value when calling cusparseLtMatmulAlgSetAttribute")
         assert (compressed.shape, x.shape[0], x.shape[1] % 8) == ((32, 32), 32, 0)
         assert x.t().is_contiguous()
         assert transpose_result
@@ -210,6 +212,27 @@ def test_cusparselt_is_called_as_it_wants(rows: int, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(y, F.linear(x, w, bias))
     monkeypatch.setattr(semi, "_UNIT_ROWS", 7)
     assert torch.equal(semi.decompress(compressed, meta, 20, 24, w.dtype), w)
+    assert list(semi.algorithms(x, compressed, meta, 20)) == [0, 1, 2]
+
+
+def test_the_algorithm_is_that_of_the_nearest_number_of_rows() -> None:
+    measured = (8, 3, 2048, 17, 8192, 20)
+    for rows, algorithm in ((0, 3), (100, 3), (200, 17), (4000, 17), (5000, 20), (10**6, 20)):
+        assert semi.algorithm_for(rows, measured) == algorithm
+    assert semi.algorithm_for(100, ()) == 0
+
+
+def test_a_format_names_its_algorithms() -> None:
+    plain = "cuSPARSELt torch.bfloat16 800 for 9.0"
+    assert semi.with_algorithms(plain, ()) == plain
+    assert semi.algorithms_of(plain) == ()
+    text = semi.with_algorithms(plain, (8, 3, 2048, 17))
+    assert text == f"{plain} algorithms 8:3 2048:17"
+    assert semi.without_algorithms(text) == plain
+    assert semi.algorithms_of(text) == (8, 3, 2048, 17)
+    for bad in ("8", "8:3:4", "8:x", "8:3 ", "8: 3", "8:64", "-8:3", "٨:3"):
+        with pytest.raises(NMError, match="cannot be"):
+            semi.algorithms_of(f"{plain} algorithms {bad}")
 
 
 def test_cusparselt_needs_its_gpu() -> None:

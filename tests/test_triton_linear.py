@@ -1,12 +1,14 @@
 """The GPU kernels of nmfx::linear_nm against dense products in float64.
 
-With a GPU they run on it; without one in Triton's interpreter (conftest.py). Whether they compile
-without spills, `test_triton_compiled.py` reads in the compiler's output.
+With a GPU they run on it; without one in Triton's interpreter (conftest.py), PTX by way of numpy
+(ptx.py). Whether they compile without spills, `test_triton_linear_compiled.py` reads in the
+compiler's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmfx.kernels import triton_packed
-from nmfx.mask import nm_project
+from nmfx.mask import as_bits, nm_project, same_values
 from nmfx.ops import cuda
 from nmfx.ops.packed import ACTIVATIONS
 from nmfx.packing import pack, unpack
 
 pytest.importorskip("triton", reason="triton is not installed: the GPU kernels cannot run")
+import ptx
 from triton_interpreter import rounding_bfloat16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in
 
 @pytest.fixture(scope="module", autouse=True)
 def _bfloat16() -> Iterator[None]:
-    with rounding_bfloat16():
+    with rounding_bfloat16(), nullcontext() if DEVICE == "cuda" else ptx.emulated():
         yield
 
 
@@ -90,18 +93,69 @@ def test_triton_linear_of_any_shape(
     check(rows, outputs, groups, pattern, dtype, bias, activation)
 
 
+# 1:16 takes gather and expand, 2:4 of 16 bits the sparse tensor cores.
+@pytest.mark.parametrize("pattern", ["1:16", "2:4"])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_triton_linear_adds_many_parts_in_order(rows: int) -> None:
-    weight = nm_project(torch.randn(16, 4096), "2:4", 1).to(DEVICE)
-    values, index = pack(weight, "2:4")
-    x = torch.randn(rows, 4096, device=DEVICE)
-    parts, per_part = triton_packed._parts(values, 1, index.shape[1], 8)
-    assert parts > 1
-    assert (parts - 1) * per_part < index.shape[1] <= parts * per_part
-    first = triton_packed.linear(x, values, index, None, 16, 2, 4, "none")
-    assert torch.equal(first, triton_packed.linear(x, values, index, None, 16, 2, 4, "none"))
-    wanted = F.linear(x.double(), weight.double())
-    assert (first.double() - wanted).norm() / wanted.norm() < 1e-5
+def test_triton_linear_adds_many_parts_in_order(rows: int, pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    weight = nm_project(torch.randn(16, 16384).half(), pattern, 1).to(DEVICE)
+    values, index = pack(weight, pattern)
+    x = torch.randn(rows, 16384, device=DEVICE).half()
+    first = triton_packed.linear(x, values, index, None, 16, n, m, "relu")
+    assert torch.equal(first, triton_packed.linear(x, values, index, None, 16, n, m, "relu"))
+    wanted = F.linear(x.double(), weight.double()).relu()
+    assert (first.double() - wanted).norm() / wanted.norm() < 1e-3
+
+
+def test_a_sum_is_cut_into_parts_of_whole_steps() -> None:
+    for warps, length, step in ((16, 512, 16), (1, 100, 8), (4, 4096, 64), (8, 3, 8)):
+        parts, per_part = triton_packed._parts(warps, length, step, torch.device("cpu"))
+        assert per_part % step == 0
+        assert (parts - 1) * per_part < length <= parts * per_part
+    assert triton_packed._parts(1, 512, 16, torch.device("cpu"))[0] > 1
+    assert triton_packed._parts(1000, 512, 16, torch.device("cpu"))[0] == 1
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 40, 64]),
+    outputs=st.integers(1, 70),
+    groups=st.sampled_from([1, 2, 3, 7, 8, 16, 25, 64, 128, 130]),
+    pattern=st.sampled_from(["2:4", "1:4"]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    bias=st.booleans(),
+)
+def test_sparse_tensor_cores_of_any_shape(
+    rows: int, outputs: int, groups: int, pattern: str, dtype: torch.dtype, bias: bool
+) -> None:
+    check(rows, outputs, groups, pattern, dtype, bias, "gelu")
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_sparse_tensor_cores_take_inputs_at_any_address(pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    weight = nm_project(torch.randn(32, 64).half(), pattern, 1).to(DEVICE)
+    values, index = pack(weight, pattern)
+    x = torch.randn(3 * 64 + 1, device=DEVICE).half()[1:].view(3, 64)
+    assert x.data_ptr() % 16
+    y = triton_packed.linear(x, values, index, None, 32, n, m, "none")
+    torch.testing.assert_close(
+        y.double(), F.linear(x.double(), weight.double()), rtol=1e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_triton_unpacks_bit_for_bit(pattern: str, dtype: torch.dtype) -> None:
+    n, m = map(int, pattern.split(":"))
+    for outputs, groups in ((16, 32), (5, 3), (40, 70)):
+        weight = nm_project(torch.randn(outputs, groups * m).to(dtype), pattern, 1)
+        weight[0, 0], weight[-1, -1] = -0.0, torch.inf
+        values, index = pack(nm_project(weight, pattern, 1).to(DEVICE), pattern)
+        dense = triton_packed.unpack(values, index, outputs, groups * m, n, m)
+        wanted = unpack(values, index, outputs, groups * m, pattern)
+        assert same_values(dense, wanted)
+        assert torch.equal(as_bits(dense), as_bits(wanted))
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -141,18 +195,20 @@ def test_the_op_on_a_gpu_takes_either_way(
 ) -> None:
     """`cuda.linear` is what the op calls for CUDA tensors."""
     monkeypatch.setattr(triton_packed, "why_not", lambda values, m: None if kernels else "no GPU")
-    called: list[int] = []
-    product = triton_packed.linear
-    monkeypatch.setattr(
-        triton_packed, "linear", lambda *args: called.append(len(args[0])) or product(*args)
-    )
+    called: list[str] = []
+    for name in ("linear", "unpack"):
+        function = getattr(triton_packed, name)
+        monkeypatch.setattr(
+            triton_packed, name, lambda *args, n=name, f=function: called.append(n) or f(*args)
+        )
     weight = nm_project(torch.randn(20, 16), "2:4", 1).to(DEVICE)
     values, index = pack(weight, "2:4")
     bias = torch.randn(20, device=DEVICE)
     x = torch.randn(16, rows, device=DEVICE).t().unsqueeze(0)
     y = cuda.linear(x, values, index, bias, 20, 16, 2, 4, "relu")
     torch.testing.assert_close(y, F.linear(x, unpack(values, index, 20, 16, "2:4"), bias).relu())
-    assert called == ([rows] if kernels and rows <= triton_packed.MOST_ROWS else [])
+    few = rows <= triton_packed.MOST_ROWS
+    assert called == (["linear" if few else "unpack"] if kernels else [])
 
 
 def test_triton_linear_says_what_it_does_not_take() -> None:

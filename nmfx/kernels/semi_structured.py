@@ -20,6 +20,7 @@ Both want shapes that divide; zeros fill up what does not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,10 @@ class Backend:
 # The constraints of torch.sparse.SparseSemiStructuredTensor{CUSPARSELT,CUTLASS}.
 CUSPARSELT = Backend("cuSPARSELt", 16, 16, 8)
 CUTLASS = Backend("CUTLASS", 32, 64, 8)
+
+
+# What no committed result of `benchmarks/` or run of `tests/test_gpu.py` has shown yet.
+_UNTRIED = {CUTLASS.name: " (nmfx's use of it has not yet run on a GPU, so look at the outputs)"}
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -114,10 +119,7 @@ def status(device: torch.device) -> str:
     backend = backend_of(device)
     if isinstance(backend, str):
         return f"no semi-structured layers: {backend}"
-    return (
-        f"semi-structured layers run on {backend.name} (torch's kernels; nmfx's use of them was "
-        f"not yet run on a GPU by its own tests, so look at the outputs)"
-    )
+    return f"semi-structured layers run on {backend.name}" + _UNTRIED.get(backend.name, "")
 
 
 def format_of(backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
@@ -192,7 +194,12 @@ def decompress(compressed: Tensor, meta: Tensor, out: int, into: int, dtype: tor
 
 
 def multiply(
-    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    algorithm: int = 0,
 ) -> Tensor:
     """`F.linear(input, weight, bias)`.
 
@@ -201,6 +208,7 @@ def multiply(
         compressed, meta: from `compress`.
         bias: (out,) or None, any strides.
         out: rows of the dense weight.
+        algorithm: of cuSPARSELt, one of `algorithms`; CUTLASS has none.
 
     Returns:
         (rows, out), contiguous.
@@ -224,13 +232,86 @@ def multiply(
     if bias is not None:
         bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else _aligned(bias)
     if backend is CUSPARSELT:
-        y = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True)
+        y = torch._cslt_sparse_mm(
+            compressed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm
+        )
     elif bias is None:
         y = torch._sparse_semi_structured_mm(compressed, meta.view(torch.int16), x.t()).t()
     else:
         places = meta.view(torch.int16)
         y = torch._sparse_semi_structured_addmm(bias, compressed, places, x.t()).t()
     return y[:rows, :out].contiguous()
+
+
+# More than any cuSPARSELt has: 0.8 refused 21 on an H200.
+_MOST_ALGORITHMS = 64
+
+
+def algorithms(input: Tensor, compressed: Tensor, meta: Tensor, out: int) -> Iterator[int]:
+    """The algorithms that the library has for a product; arguments as for `multiply`.
+
+    Which is fastest depends on the sizes. On an H200 number 0, which `to_sparse_semi_structured`
+    uses, was slower than dense wherever it was tried, and the best up to 1.5 times as fast.
+    """
+    if meta.numel() or not _on_gpu(input):
+        yield 0
+        return
+    for number in range(_MOST_ALGORITHMS):
+        try:
+            multiply(input, compressed, meta, None, out, number)
+        except RuntimeError:  # what the library answers to numbers that it does not have
+            if number == 0:
+                raise
+            return
+        yield number
+
+
+def algorithm_for(rows: int, algorithms: Sequence[int]) -> int:
+    """The algorithm for so many rows.
+
+    Args:
+        rows: of the input.
+        algorithms: rows, algorithm, rows, algorithm ... as measured, rows increasing; or empty.
+
+    Returns:
+        That of the nearest number of rows, in ratio; 0 if there is none.
+    """
+    best, found = 0.0, 0
+    for at in range(0, len(algorithms), 2):
+        low, high = sorted((max(1, rows), max(1, algorithms[at])))
+        if low / high > best:
+            best, found = low / high, algorithms[at + 1]
+    return found
+
+
+_ALGORITHMS = " algorithms "
+
+
+def with_algorithms(format: str, algorithms: Sequence[int]) -> str:
+    """A format that also says which algorithms are used, see `algorithm_for`."""
+    if not algorithms:
+        return format
+    pairs = zip(algorithms[::2], algorithms[1::2], strict=True)
+    return format + _ALGORITHMS + " ".join(f"{rows}:{number}" for rows, number in pairs)
+
+
+def without_algorithms(format: str) -> str:
+    """What the bytes are, whichever algorithms are used: of `format_of`."""
+    return format.partition(_ALGORITHMS)[0]
+
+
+def algorithms_of(format: str) -> tuple[int, ...]:
+    """The algorithms that a format names.
+
+    Raises:
+        NMError: it names them in another way than `with_algorithms` does.
+    """
+    text = format.partition(_ALGORITHMS)[2]
+    found = tuple(int(n) for pair in text.split() for n in pair.split(":") if n.isdecimal())
+    legal = all(n < _MOST_ALGORITHMS for n in found[1::2]) and len(found) % 2 == 0
+    if not legal or with_algorithms(without_algorithms(format), found) != format:
+        raise NMError(f"a weight cannot be {format!r}")
+    return found
 
 
 def _aligned(tensor: Tensor) -> Tensor:

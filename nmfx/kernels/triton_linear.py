@@ -1,12 +1,12 @@
-"""The GPU kernels of nmfx::linear_nm, in Triton's language; `triton_packed.py` starts them.
+"""nmfx::linear_nm on GPUs for any N:M, in Triton's language; `triton_packed.py` starts this.
 
-A program computes 16 x BLOCKS outputs for all rows of the input, over one part of the columns;
-`finish` adds the parts in order, so results do not depend on which program comes first. Two ways:
+A program computes some outputs of all rows, over one part of the columns. Where one part is enough
+it finishes them itself; else `finish` adds the parts in order, so results do not depend on which
+program comes first. Two ways (a third, for 2:4 and 1:4, is in `triton_sparse.py`):
 
-    gather    up to 8 rows: every kept weight fetches its activations by address, all rows of one
-              column side by side. Bytes of the packed weight are the limit, whatever N:M.
+    gather    up to 8 rows: every kept weight fetches its activations by address
     expand    up to 64 rows: N:M groups become dense tiles in registers, which tensor cores
-              multiply. M / N times the arithmetic, once for all rows.
+              multiply; each warp takes its own slice of the columns
 """
 
 import triton
@@ -14,14 +14,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _field(word, slot, BITS: tl.constexpr):
-    """The index field of a slot in its word; see `nmfx.packing` for where it sits."""
-    k = slot % (32 // BITS)
-    return (word >> (16 * (k % 2) + BITS * (k // 2))) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation, in float32."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)  # keeps NaN
     elif ACTIVATION == "silu":
@@ -39,56 +33,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gather(
-    xt,
-    values,
-    index,
-    sums,
-    slots,
-    words,
-    outputs,
-    per_part,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """sums[part, row, output] of xt (columns, ROWS): one block of 16 outputs, one part."""
-    PER: tl.constexpr = 32 // BITS
-    block, part = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, 16)
-    k = tl.arange(0, PER)
-    row = tl.arange(0, ROWS)
-    total = tl.zeros([WORDS, PER, 16, ROWS], tl.float32)
-    first = block.to(tl.int64) * slots * 16
-    for begin in range(part * per_part, tl.minimum((part + 1) * per_part, words), WORDS):
-        word = begin + tl.arange(0, WORDS)
-        at = (block.to(tl.int64) * words + word[:, None]) * 16 + lane[None, :]
-        bits = tl.load(index + at, mask=(word < words)[:, None], other=0)
-        slot = word[:, None] * PER + k[None, :]
-        exists = (slot < slots)[:, :, None]
-        value = tl.load(
-            values + first + slot[:, :, None] * 16 + lane[None, None, :], mask=exists, other=0.0
-        )
-        field = _field(bits[:, None, :], slot[:, :, None], BITS)
-        column = (slot // N * M)[:, :, None] + field
-        x = tl.load(
-            xt + column[:, :, :, None] * ROWS + row[None, None, None, :],
-            mask=exists[:, :, :, None],
-            other=0.0,
-        )
-        total += value[:, :, :, None].to(tl.float32) * x.to(tl.float32)
-    result = tl.sum(tl.sum(total, axis=0), axis=0)  # (16, ROWS)
-    output = block * 16 + lane
-    place = (part * ROWS + row[None, :]) * outputs + output[:, None]
-    tl.store(sums + place, result, mask=(output < outputs)[:, None])
-
-
-@triton.jit
-def expand(
     x,
     values,
     index,
+    bias,
+    out,
     sums,
     rows,
     slots,
@@ -98,51 +47,174 @@ def expand(
     per_part,
     N: tl.constexpr,
     M: tl.constexpr,
-    PLACES: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """sums[part, row, output] of x (rows, columns): 16 x BLOCKS outputs, one part."""
+    """One block of 16 outputs of up to ROWS rows, over one part of the words."""
     PER: tl.constexpr = 32 // BITS
-    WIDE: tl.constexpr = 16 * BLOCKS
-    tile, part = tl.program_id(0), tl.program_id(1)
-    wide = tl.arange(0, WIDE)
-    output = tile * WIDE + wide
-    block = (output // 16).to(tl.int64)
-    lane = output % 16
-    filled = output < tl.cdiv(outputs, 16) * 16  # blocks that exist
-    place = tl.arange(0, PLACES)
-    k = tl.arange(0, GROUPS * PLACES)
-    row = tl.arange(0, ROWS)
+    block, part = tl.program_id(0), tl.program_id(1)
+    # One dimension, so that all loads get one layout and no barrier is needed: the words of its
+    # outputs, which 16 bytes hold 4 of, every thread loads for itself.
+    i = tl.arange(0, WORDS * PER * 16)
+    lane, k, w = i % 16, i // 16 % PER, i // (16 * PER)
+    shift = 16 * (k % 2) + BITS * (k // 2)  # see `nmfx.packing`
+    values += block.to(tl.int64) * slots * 16
+    index += block.to(tl.int64) * words * 16
+    total = (tl.zeros([WORDS * PER * 16], tl.float32),) * ROWS
+    for begin in range(part * per_part, tl.minimum((part + 1) * per_part, words), WORDS):
+        slot = begin * PER + i // 16
+        if EVEN:
+            value = tl.load(values + (begin * PER * 16 + i))
+            bits = tl.load(index + (begin * 16 + w * 16 + lane))
+        else:
+            value = tl.load(values + (begin * PER * 16 + i), mask=slot < slots, other=0.0)
+            bits = tl.load(index + (begin * 16 + w * 16 + lane), mask=slot < slots, other=0)
+        value = value.to(tl.float32)
+        column = slot // N * M + ((bits >> shift) & ((1 << BITS) - 1))
+        result = ()
+        for row in tl.static_range(ROWS):
+            at = x + tl.minimum(rows - 1, row) * columns + column
+            if EVEN:
+                inputs = tl.load(at)
+            else:
+                inputs = tl.load(at, mask=slot < slots, other=0.0)
+            result = result + (total[row] + value * inputs.to(tl.float32),)
+        total = result
+    lane = tl.arange(0, 16)
+    output = block * 16 + lane
+    exists = output < outputs
+    for row in tl.static_range(ROWS):
+        y = tl.sum(tl.reshape(total[row], [WORDS * PER, 16]), axis=0)
+        if SPLIT:
+            tl.store(sums + (part * ROWS + row) * outputs + output, y, mask=exists)
+        else:
+            if BIAS:
+                y += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
+            y = activate(y, ACTIVATION).to(out.dtype.element_ty)
+            tl.store(out + row * outputs + output, y, mask=exists & (row + 0 * output < rows))
+
+
+@triton.jit
+def _four_places(
+    values,
+    index,
+    at_values,
+    at_words,
+    group,
+    exists,
+    SHAPE: tl.constexpr,
+    FIRST: tl.constexpr,
+    N: tl.constexpr,
+    BITS: tl.constexpr,
+    M: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """The dense weights at places FIRST to FIRST + 3 of each group, SHAPE + (2, 2)."""
+    PER: tl.constexpr = 32 // BITS
+    kind: tl.constexpr = values.dtype.element_ty
+    HALF: tl.constexpr = kind.primitive_bitwidth == 16
+    d0 = tl.zeros(SHAPE, kind)
+    d1, d2, d3 = d0, d0, d0
+    four = tl.zeros(SHAPE, tl.uint64)
+    for n in tl.static_range(N):
+        slot = group * N + n
+        if EVEN:
+            value = tl.load(values + at_values + slot * 16)
+            word = tl.load(index + at_words + slot // PER * 16)
+        else:
+            value = tl.load(values + at_values + slot * 16, mask=exists, other=0.0)
+            word = tl.load(index + at_words + slot // PER * 16, mask=exists, other=0)
+        k = slot % PER
+        field = (word >> (16 * (k % 2) + BITS * (k // 2))) & ((1 << BITS) - 1)
+        if HALF:  # a shift puts a value in its place: half the instructions of four selections
+            bits = value.to(tl.uint16, bitcast=True)
+            if M > 4:
+                bits = tl.where(field // 4 * 4 == FIRST, bits, 0)
+            four |= bits.to(tl.uint64) << (field % 4 * 16).to(tl.uint64)
+        else:
+            d0 = tl.where(field == FIRST, value, d0)
+            d1 = tl.where(field == FIRST + 1, value, d1)
+            d2 = tl.where(field == FIRST + 2, value, d2)
+            d3 = tl.where(field == FIRST + 3, value, d3)
+    if HALF:
+        low, high = four.to(tl.uint32), (four >> 32).to(tl.uint32)
+        d0 = low.to(tl.uint16).to(kind, bitcast=True)
+        d1 = (low >> 16).to(tl.uint16).to(kind, bitcast=True)
+        d2 = high.to(tl.uint16).to(kind, bitcast=True)
+        d3 = (high >> 16).to(tl.uint16).to(kind, bitcast=True)
+    return tl.join(tl.join(d0, d2), tl.join(d1, d3))  # the last axis counts in steps of 2
+
+
+@triton.jit
+def expand(
+    x,
+    values,
+    index,
+    bias,
+    out,
+    sums,
+    rows,
+    slots,
+    words,
+    outputs,
+    columns,
+    per_part,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """16 outputs of up to ROWS rows, over one part of the groups; SLICES is the number of warps."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, 16)
+    at_values = block.to(tl.int64) * (slots * 16) + lane[None, None, :]
+    at_words = block.to(tl.int64) * (words * 16) + lane[None, None, :]
     groups = columns // M
-    total = tl.zeros([ROWS, WIDE], tl.float32)
-    for begin in range(part * per_part, tl.minimum((part + 1) * per_part, groups), GROUPS):
-        group = begin + tl.arange(0, GROUPS)
-        exists = (group < groups)[:, None] & filled[None, :]
-        dense = tl.zeros([GROUPS, PLACES, WIDE], values.dtype.element_ty)
-        for n in tl.static_range(N):
-            slot = group * N + n
-            at = block[None, :] * slots + slot[:, None]
-            value = tl.load(values + at * 16 + lane[None, :], mask=exists, other=0.0)
-            at = block[None, :] * words + (slot // PER)[:, None]
-            word = tl.load(index + at * 16 + lane[None, :], mask=exists, other=0)
-            field = _field(word, slot[:, None], BITS)
-            here = field[:, None, :] == place[None, :, None]
-            dense = tl.where(here, value[:, None, :], dense)
-        # Places past M, where M is no power of two, meet zeros of the input.
-        column = (begin + k // PLACES) * M + k % PLACES
-        real = (k % PLACES < M) & (column < columns)
-        inputs = tl.load(
-            x + row[:, None] * columns + column[None, :],
-            mask=(row < rows)[:, None] & real[None, :],
-            other=0.0,
-        )
-        matrix = tl.reshape(dense, [GROUPS * PLACES, WIDE])
-        total = tl.dot(inputs, matrix, total, input_precision="ieee")
-    at = (part * ROWS + row[:, None]) * outputs + output[None, :]
-    tl.store(sums + at, total, mask=(output < outputs)[None, :])
+    # (group, slice, output): in this order the compiler gives each warp a slice.
+    slice = tl.arange(0, SLICES)[None, :, None] * GROUPS
+    each = tl.arange(0, 4 * GROUPS)[None, None, :]
+    row = tl.arange(0, ROWS)[:, None, None]
+    total = tl.zeros([SLICES, 16, ROWS], tl.float32)
+    end = tl.minimum((part + 1) * per_part, groups)
+    for begin in range(part * per_part, end, SLICES * GROUPS):
+        group = begin + slice + tl.arange(0, GROUPS)[:, None, None]
+        exists = (group < groups) & (lane >= 0)[None, None, :]
+        for quad in tl.static_range((M + 3) // 4):
+            dense = _four_places(
+                values, index, at_values, at_words, group, exists,
+                [GROUPS, SLICES, 16], 4 * quad, N, BITS, M, EVEN,
+            )  # fmt: skip
+            matrix = tl.reshape(tl.permute(dense, [1, 2, 0, 3, 4]), [SLICES, 16, 4 * GROUPS])
+            if M == 4:  # which shows the compiler that columns are adjacent
+                column = begin * 4 + slice * 4 + each
+            else:
+                column = (begin + slice + each // 4) * M + 4 * quad + each % 4
+            # Places past M, where 4 does not divide it, meet zeros of the input.
+            real = (begin + slice + each // 4 < groups) & (4 * quad + each % 4 < M)
+            inputs = tl.load(x + row * columns + column, mask=(row < rows) & real, other=0.0)
+            inputs = tl.permute(inputs, [1, 2, 0])
+            total = tl.dot(matrix, inputs, total, input_precision="ieee")
+    y = tl.trans(tl.sum(total, axis=0))
+    output, row = (block * 16 + lane)[None, :], tl.arange(0, ROWS)[:, None]
+    exists = output < outputs
+    if SPLIT:
+        tl.store(sums + (part * ROWS + row) * outputs + output, y, mask=exists)
+    else:
+        if BIAS:
+            y += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
+        y = activate(y, ACTIVATION).to(out.dtype.element_ty)
+        tl.store(out + row * outputs + output, y, mask=exists & (row < rows))
 
 
 @triton.jit
@@ -167,6 +239,44 @@ def finish(
         total += tl.load(sums + (part * ROWS + row) * outputs + output, mask=exists, other=0.0)
     if BIAS:
         total += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
-    total = _activate(total, ACTIVATION)
+    total = activate(total, ACTIVATION)
     place = row.to(tl.int64) * outputs + output
     tl.store(out + place, total.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def unpack(
+    values,
+    index,
+    out,
+    slots,
+    words,
+    outputs,
+    columns,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """The dense weight: 16 outputs, GROUPS groups."""
+    block, begin = tl.program_id(0), tl.program_id(1) * GROUPS
+    lane = tl.arange(0, 16)
+    at_values = block.to(tl.int64) * (slots * 16) + lane[None, :]
+    at_words = block.to(tl.int64) * (words * 16) + lane[None, :]
+    groups = columns // M
+    group = (begin + tl.arange(0, GROUPS))[:, None]
+    exists = (group < groups) & (lane >= 0)[None, :]
+    output = (block * 16 + lane)[:, None]
+    each = tl.arange(0, 4 * GROUPS)[None, :]
+    for quad in tl.static_range((M + 3) // 4):
+        dense = _four_places(
+            values, index, at_values, at_words, group, exists,
+            [GROUPS, 16], 4 * quad, N, BITS, M, EVEN,
+        )  # fmt: skip
+        matrix = tl.reshape(tl.permute(dense, [1, 0, 2, 3]), [16, 4 * GROUPS])
+        column = begin * 4 + each if M == 4 else (begin + each // 4) * M + 4 * quad + each % 4
+        real = (begin + each // 4 < groups) & (4 * quad + each % 4 < M)
+        tl.store(
+            out + output.to(tl.int64) * columns + column, matrix, mask=(output < outputs) & real
+        )

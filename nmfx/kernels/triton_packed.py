@@ -1,11 +1,17 @@
-"""nmfx::linear_nm on GPUs for few rows: starts the kernels of `triton_linear.py`.
+"""nmfx::linear_nm on GPUs for few rows: chooses and starts the kernels.
 
-Sizes of tiles and parts are chosen by counting, as no GPU was at hand: see `_parts`.
+    2:4, 1:4, 16-bit, 8.0 and later    up to 64 rows    sparse (triton_sparse.py)
+    any N:M                            up to 8 rows     gather (triton_linear.py)
+                                       up to 64 rows    expand (triton_linear.py)
+
+Sizes of tiles and parts are those that were fastest on an H200, see `_parts` and
+`benchmarks/results/gpu_linear_nvidia-h200_202611.md`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +24,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ROWS = 64  # of the input; more are for a dense product with the unpacked weight
 
 _GATHERED_ROWS = 8
-# Programs that keep every multiprocessor busy, with loads of one in flight while another adds.
-_PROGRAMS_PER_PROCESSOR = 8
 _FINISH = 256
-_WARPS = 4
-_SLOTS = 128  # of a tile of `gather`, for one row
-_COLUMNS = 64  # of a tile of `expand`
+_UNPACKED_GROUPS = 32
 
 
 def why_not(values: Tensor, m: int) -> str | None:
@@ -39,9 +41,19 @@ def status(device: torch.device) -> str:
     if reason is not None:
         return f"packed layers are unpacked at every call: {reason}"
     return (
-        f"packed layers run Triton kernels for up to {MOST_ROWS} rows, and are unpacked at every "
-        f"call for more (the kernels were not yet run on a GPU, so look at the outputs)"
+        f"packed layers run Triton kernels for up to {MOST_ROWS} rows (2:4 and 1:4 of 16 bits on "
+        f"sparse tensor cores), and are unpacked at every call for more"
     )
+
+
+def uses_sparse_cores(values: Tensor, n: int, m: int) -> bool:
+    """Whether a packed weight on a GPU is multiplied by `triton_sparse.py`."""
+    return m == 4 and n <= 2 and values.dtype in (torch.float16, torch.bfloat16) and _has_mma()
+
+
+@functools.cache
+def _has_mma() -> bool:
+    return torch.version.hip is None
 
 
 def linear(
@@ -67,67 +79,206 @@ def linear(
     Returns:
         (rows, outputs), contiguous.
     """
-    from . import triton_linear as kernels  # Triton takes a second to import
-
     rows, columns = input.shape
-    blocks, slots, _ = values.shape
-    words = index.shape[1]
     out = input.new_empty(rows, outputs)
-    if not out.numel():
+    if not out.numel() or not columns:
         return out
-    name = "gather" if rows <= _GATHERED_ROWS else "expand"
-    fixed = constants(name, n, m, rows)
-    height = fixed["ROWS"]
+    if uses_sparse_cores(values, n, m):
+        kernel, sizes = _sparse, sparse_constants(n, rows)
+    elif rows <= _GATHERED_ROWS:
+        kernel, sizes = _gather, gather_constants(n, m, rows)
+    else:
+        kernel, sizes = _expand, expand_constants(n, m, rows)
+    vector = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(values):
-        if name == "gather":
-            # All rows of a column side by side; rows that only fill up are zeros.
-            xt = F.pad(input.t(), (0, height - rows)) if rows < height else input.t()
-            xt = xt.contiguous()  # no copy of a single row
-            parts, per_part = _parts(values, blocks, words, fixed["WORDS"])
-            sums = input.new_empty(parts, height, outputs, dtype=torch.float32)
-            kernels.gather[(blocks, parts)](
-                *(xt, values, index, sums, slots, words, outputs, per_part),
-                **fixed,
-                num_warps=_WARPS,
-            )
-        else:
-            tiles = -(-blocks // fixed["BLOCKS"])
-            parts, per_part = _parts(values, tiles, columns // m, fixed["GROUPS"])
-            sums = input.new_empty(parts, height, outputs, dtype=torch.float32)
-            kernels.expand[(tiles, parts)](
-                *(input.contiguous(), values, index, sums),
-                *(rows, slots, words, outputs, columns, per_part),
-                **fixed,
-                num_warps=_WARPS,
-            )
-        kernels.finish[(-(-outputs // _FINISH), rows)](
-            *(sums, sums if bias is None else bias.contiguous(), out, parts, rows, outputs),
-            ROWS=height,
-            WIDE=_FINISH,
-            BIAS=bias is not None,
-            ACTIVATION=activation,
-        )
+        kernel(input, values, index, vector, out, sizes, activation)
     return out
 
 
-def constants(name: str, n: int, m: int, rows: int) -> dict[str, int]:
-    """What a kernel is compiled for, besides dtypes: the pattern and the sizes of a tile."""
-    bits, places = index_bits(m), 1 << (m - 1).bit_length()
-    fixed = {"N": n, "M": m, "BITS": bits, "ROWS": 1 << (rows - 1).bit_length()}
-    if name == "gather":
-        slots_of_a_word = 32 // bits
-        return fixed | {"WORDS": max(1, _SLOTS // slots_of_a_word // fixed["ROWS"])}
-    height = max(16, fixed["ROWS"])  # the least that tensor cores take
-    groups = max(1, _COLUMNS // places)
-    return fixed | {"ROWS": height, "PLACES": places, "BLOCKS": 2, "GROUPS": groups}
+def unpack(values: Tensor, index: Tensor, outputs: int, columns: int, n: int, m: int) -> Tensor:
+    """The dense (outputs, columns) weight of 16 or 32 bits; `nmfx.packing.unpack`, bit for bit."""
+    from . import triton_linear as kernels
+
+    out = values.new_empty(outputs, columns)
+    if out.numel():
+        groups = columns // m
+        with torch.cuda.device_of(values):
+            kernels.unpack[(len(values), -(-groups // _UNPACKED_GROUPS))](
+                *(values, index, out, values.shape[1], index.shape[1], outputs, columns),
+                N=n,
+                M=m,
+                BITS=index_bits(m),
+                GROUPS=_UNPACKED_GROUPS,
+                EVEN=groups % _UNPACKED_GROUPS == 0,
+            )
+    return out
 
 
-def _parts(values: Tensor, tiles: int, length: int, step: int) -> tuple[int, int]:
-    """(into how many parts a sum over `length` is cut, a multiple of `step` that each has)."""
-    wanted = -(-_PROGRAMS_PER_PROCESSOR * _processors(values.device) // tiles)
+def sparse_constants(n: int, rows: int) -> dict[str, int]:
+    """What `sparse` is compiled for; its warps are for `_sparse` to choose."""
+    return {"N": n, "TILES": 1 << (-(-rows // 8) - 1).bit_length()}
+
+
+def gather_constants(n: int, m: int, rows: int) -> dict[str, int]:
+    """What `gather` is compiled for: the pattern, and 8 values per thread of 8 warps."""
+    bits = index_bits(m)
+    sizes = {"N": n, "M": m, "BITS": bits, "ROWS": 1 << (rows - 1).bit_length()}
+    return sizes | {"WORDS": 8 * 32 * 8 // (16 * (32 // bits)), "num_warps": 8}
+
+
+def expand_constants(n: int, m: int, rows: int) -> dict[str, int]:
+    """What `expand` is compiled for; a warp multiplies 64 columns at a time."""
+    sizes = {"N": n, "M": m, "BITS": index_bits(m), "ROWS": max(8, 1 << (rows - 1).bit_length())}
+    return sizes | {"GROUPS": 16, "SLICES": 4, "num_warps": 4}
+
+
+def _sparse(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sizes: dict[str, int],
+    activation: str,
+) -> None:
+    from . import triton_sparse as kernels  # Triton takes a second to import
+
+    rows, columns = input.shape
+    slots, words = values.shape[1], index.shape[1]
+    # A thread reads 8 columns at once, of any row.
+    x = F.pad(input, (0, -columns % 8)) if columns % 8 else input.contiguous()
+    x, values = _aligned(x), _aligned(values)
+    tiles = -(-len(values) // 2)
+    warps = _warps(tiles, words, sizes["TILES"], values.device)
+    parts, per_part = _parts(tiles * warps, words, warps, values.device)
+    # Outputs that only fill up a block have no legal metadata.
+    even = slots == 16 * words and words % warps == 0 and out.shape[1] % 16 == 0
+    grid, end = (tiles, parts), _Ending(out, bias, activation, parts, 8 * sizes["TILES"])
+    kernels.sparse[grid](
+        *(x, values, index, end.bias, out, end.sums),
+        *(rows, x.shape[1], slots, words, out.shape[1], columns, per_part),
+        **sizes,
+        WARPS=warps,
+        EVEN=even,
+        BF16=values.dtype == torch.bfloat16,
+        **end.constants,
+        num_warps=warps,
+    )
+    end.finish()
+
+
+def _gather(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sizes: dict[str, int],
+    activation: str,
+) -> None:
+    from . import triton_linear as kernels
+
+    rows, columns = input.shape
+    slots, words = values.shape[1], index.shape[1]
+    parts, per_part = _parts(8 * len(values), words, sizes["WORDS"], values.device)
+    end = _Ending(out, bias, activation, parts, sizes["ROWS"])
+    kernels.gather[(len(values), parts)](
+        *(input.contiguous(), values, index, end.bias, out, end.sums),
+        *(rows, slots, words, out.shape[1], columns, per_part),
+        **sizes,
+        EVEN=slots == words * (32 // sizes["BITS"]) and words % sizes["WORDS"] == 0,
+        **end.constants,
+    )
+    end.finish()
+
+
+def _expand(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sizes: dict[str, int],
+    activation: str,
+) -> None:
+    from . import triton_linear as kernels
+
+    rows, columns = input.shape
+    groups, step = columns // sizes["M"], sizes["GROUPS"] * sizes["SLICES"]
+    parts, per_part = _parts(4 * len(values), groups, step, values.device)
+    end = _Ending(out, bias, activation, parts, sizes["ROWS"])
+    kernels.expand[(len(values), parts)](
+        *(input.contiguous(), values, index, end.bias, out, end.sums),
+        *(rows, values.shape[1], index.shape[1], out.shape[1], columns, per_part),
+        **sizes,
+        EVEN=groups % step == 0,
+        **end.constants,
+    )
+    end.finish()
+
+
+class _Ending:
+    """How a product ends: in its own kernel, or with parts that `finish` adds.
+
+    Attributes:
+        bias, sums: the kernel's arguments; any tensor where it reads none.
+        constants: what the kernel is compiled for.
+    """
+
+    def __init__(
+        self, out: Tensor, bias: Tensor | None, activation: str, parts: int, height: int
+    ) -> None:
+        self._out, self._parts, self._height = out, parts, height
+        self._last: dict[str, Any] = {"BIAS": bias is not None, "ACTIVATION": activation}
+        self.bias = out if bias is None else bias
+        self.sums = out
+        self.constants: dict[str, Any] = {"SPLIT": False, **self._last}
+        if parts > 1:
+            self.sums = out.new_empty(parts, height, out.shape[1], dtype=torch.float32)
+            self.constants = {"SPLIT": True, "BIAS": False, "ACTIVATION": "none"}
+
+    def finish(self) -> None:
+        """Adds the parts, if there are several."""
+        if self._parts == 1:
+            return
+        from . import triton_linear as kernels
+
+        rows, outputs = self._out.shape
+        kernels.finish[(-(-outputs // _FINISH), rows)](
+            *(self.sums, self.bias, self._out, self._parts, rows, outputs),
+            ROWS=self._height,
+            WIDE=_FINISH,
+            **self._last,
+        )
+
+
+def _warps(tiles: int, words: int, height: int, device: torch.device) -> int:
+    """Warps of a program of `sparse`: 16, more where there are few programs.
+
+    Accumulators of many rows leave registers for 8 only.
+    """
+    most = 32 if tiles < 2 * _processors(device) - 16 else 16
+    most = {1: most, 2: 16}.get(height, 8)
+    while most > 4 and most > words:
+        most //= 2
+    return most
+
+
+def _parts(warps: int, length: int, step: int, device: torch.device) -> tuple[int, int]:
+    """(into how many parts a sum over `length` is cut, a multiple of `step` that each has).
+
+    Parts cost another kernel, about 2 us, so they are only for products whose `warps` leave most
+    of a GPU idle.
+    """
+    wanted = max(1, min(4, 32 * _processors(device) // max(1, warps)))
     steps = -(-length // step)
     per_part = -(-steps // max(1, min(wanted, steps // 4))) * step
     return -(-length // per_part), per_part
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, at an address that 16 divides."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 @functools.cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import triton, triton_packed
 from .linear_nm import _check, _forward
+from .packed import ACTIVATIONS
 from .sr_ste import _backward_eager, _decay_eager, _project_eager
 
 
@@ -53,10 +55,13 @@ def linear(
 ) -> Tensor:
     """nmfx::linear_nm. Many rows are a dense product: with the weight unpacked at every call."""
     call = input, values, index, bias, out_features, in_features, *pattern
-    rows = input.numel() // max(1, in_features)
-    if rows > triton_packed.MOST_ROWS or triton_packed.why_not(values, pattern[1]):
+    if triton_packed.why_not(values, pattern[1]):
         return _forward(*call)
     _check(*call)
+    if input.numel() // max(1, in_features) > triton_packed.MOST_ROWS:
+        n, m, activation = pattern
+        weight = triton_packed.unpack(values, index, out_features, in_features, n, m)
+        return ACTIVATIONS[activation](F.linear(input, weight, bias))
     flat = input.reshape(-1, in_features)
     y = triton_packed.linear(flat, values, index, bias, out_features, *pattern)
     return y.view(*input.shape[:-1], out_features)

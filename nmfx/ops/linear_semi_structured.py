@@ -6,6 +6,7 @@ constant. One node for compilers, as torch's own semi-structured products are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NMError
-from ..kernels.semi_structured import decompress, multiply
+from ..kernels.semi_structured import algorithm_for, decompress, multiply
 from .packed import bias_grad, check_together, is_autocast, nested_rows, run_op
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(
     "linear_semi_structured(Tensor input, Tensor compressed, Tensor meta, Tensor? bias, "
-    "int out_features, int in_features, ScalarType dtype) -> Tensor",
+    "int out_features, int in_features, ScalarType dtype, int[] algorithms=[]) -> Tensor",
     tags=_tags,
 )
 _library.define(
@@ -39,6 +40,7 @@ def linear_semi_structured(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    algorithms: Sequence[int] = (),
 ) -> Tensor:
     """A linear layer whose weight is compressed; autocast as for `torch.nn.functional.linear`.
 
@@ -47,6 +49,8 @@ def linear_semi_structured(
         compressed, meta: from `nmfx.kernels.semi_structured.compress`.
         bias: (out_features,) or None.
         out_features, in_features, dtype: of the dense weight.
+        algorithms: which to use for how many rows, see
+            `nmfx.kernels.semi_structured.algorithm_for`.
 
     Returns:
         (..., out_features), a new contiguous tensor.
@@ -56,7 +60,7 @@ def linear_semi_structured(
             on a CPU.
     """
     tensors = (input, compressed, meta, bias)
-    constants = (out_features, in_features, dtype)
+    constants = (out_features, in_features, dtype, algorithms)
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(linear_semi_structured, tensors, *tensors, *constants)
     if input.is_nested:
@@ -96,17 +100,32 @@ def _check(
 
 
 def _forward(
-    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int, *rest: Any
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+    algorithms: Sequence[int] = (),
 ) -> Tensor:
-    _check(input, compressed, meta, bias, out, *rest)
-    y = multiply(input.reshape(-1, input.shape[-1]), compressed, meta, bias, out)
+    _check(input, compressed, meta, bias, out, into, dtype)
+    x = input.reshape(-1, into)
+    y = multiply(x, compressed, meta, bias, out, algorithm_for(len(x), algorithms))
     return y.view(*input.shape[:-1], out)
 
 
 def _forward_fake(
-    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, out: int, *rest: Any
+    input: Tensor,
+    compressed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+    algorithms: Sequence[int] = (),
 ) -> Tensor:
-    _check(input, compressed, meta, bias, out, *rest)
+    _check(input, compressed, meta, bias, out, into, dtype)
     return input.new_empty(*input.shape[:-1], out)
 
 
@@ -129,7 +148,7 @@ for _name, _kernel, _fake in (
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, compressed, meta, _, *ctx.constants = inputs
+    _, compressed, meta, _, *ctx.constants, _ = inputs
     ctx.save_for_backward(compressed, meta)
 
 
@@ -143,7 +162,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     if need_bias:
         grad_bias = bias_grad(grad)
-    return grad_input, None, None, grad_bias, None, None, None
+    return grad_input, None, None, grad_bias, None, None, None, None
 
 
 def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
