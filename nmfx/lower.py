@@ -5,7 +5,8 @@
         measure     dense, prepacked dense, packed, on GPUs semi-structured: on the inputs the
                     layer really meets
         swap        the fastest; dense where nothing beats it, with the reason in the report;
-                    activations move into packed layers
+                    with `keep` two forms, where these are faster than any one; activations move
+                    into packed layers
         measure     the whole model against the folded one; dense again if that is not faster
 
 Nothing is written before the example inputs have run once. From then on, whatever interrupts it,
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +36,13 @@ from .plan import make_plan
 from .tuning import timer
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
-from .tuning.decide import DENSE, PACKED, SEMI, TIE, Choice, packed_share, stays_dense
+from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
 from .tuning.hardware import kernel_status
 from .tuning.memory import Returning
 from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
+from .tuning.two_forms import check_keep
 
 _UNTIMED = "tune=False: every layer that can be packed or compressed is. Nothing was timed."
 _NOTHING_PACKED = (
@@ -48,11 +50,17 @@ _NOTHING_PACKED = (
     "folded (dense, with exact zeros)."
 )
 _ONE_COPY = "in place, prepacked dense is no candidate: it would keep every weight twice"
+_NOT_LINEAR = "one copy: only linear layers that are traced hold two forms"
 _WHOLE_BUDGET_S = 1.0
 
 
 def lower(
-    model: nn.Module, example_inputs: Any = None, *, inplace: bool = False, tune: bool = True
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    tune: bool = True,
+    keep: Sequence[str] | None = None,
 ) -> nn.Module:
     """An inference model in which each N:M layer has the form that is fastest on this machine.
 
@@ -63,6 +71,15 @@ def lower(
     and `weight_index` in place of the `weight` of a packed layer; `weight_compressed`,
     `weight_meta` and `weight_format` of a semi-structured one. `nmfx.report` tells for each layer
     what was measured, what was chosen and why.
+
+    With `keep` a linear layer may hold its weight in two forms, and takes one by the number of rows
+    of its input: packed for few (decoding), say, and dense for many (a prompt). It does so if the
+    example inputs are computed faster with both than with any one form, by more than a tie, each
+    up to or above a threshold: the geometric middle of the largest number of rows measured for the
+    one and the smallest for the other. Both forms are in the state_dict, and the report adds them
+    up. The weight is constant then: a dense one beside another form of it no longer requires a
+    gradient, and is an error if it is made to. Compiled code has the comparison as a guard; what
+    torch.export makes of a dynamic number of rows holds on one side of the threshold.
 
     Where the example inputs and the code that calls them show that nothing else reads what lies
     between, a batch norm in eval mode is folded into the convolution before it (`nn.Identity`
@@ -79,15 +96,19 @@ def lower(
             An interruption leaves it folded, as `nmfx.fold` does, but for its batch norms.
         tune: False times nothing: every layer that can be packed is (on a GPU, semi-structured
             where that is possible).
+        keep: two of "packed", "semi_structured" and "dense", in any order; None keeps one form.
+            Give example inputs with few and with many rows.
 
     Returns:
         The lowered model: a deep copy, or `model`.
 
     Raises:
-        NMError: no weight is N:M sparse, a weight on the meta device, or outputs that differ.
+        NMError: no weight is N:M sparse, a weight on the meta device, a `keep` that does not name
+            two forms or comes with `tune=False`, or outputs that differ.
             With `inplace`, an error or interruption after the example inputs have run once leaves
             a whole folded model; in all other cases nothing is changed.
     """
+    check_keep(keep, tune)
     calls = parse_calls(example_inputs)
     check_classes(model)
     make_plan(model)  # refuse before a copy is made
@@ -109,9 +130,11 @@ def lower(
             dense_ms = _whole(model, calls) if tune and targets else None
             fusing.fold_norms(targets)
             undo = Undo(targets)
-            job = _Job(model, calls, expected, targets, undo, fusing, inplace)
+            job = _Job(model, calls, expected, targets, undo, fusing, inplace, keep)
             notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
+                if keep is not None and candidate.capture == "scoped":
+                    reason = f"{reason}; {_NOT_LINEAR}"
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
             marks_of(model)[NOTES] = tuple(notes)
         except BaseException:  # Ctrl-C too
@@ -135,6 +158,7 @@ class _Job:
     undo: Undo
     fusing: Fusing
     inplace: bool
+    keep: Sequence[str] | None
 
 
 def _pack_all(job: _Job) -> list[str]:
@@ -214,6 +238,7 @@ def _choose(
         target.pattern,
         seen[target.candidate.name] if job.calls else None,
         prepack=not job.inplace,
+        keep=job.keep,
     )
 
 
@@ -222,22 +247,20 @@ def _kept(choice: Choice) -> Choice:
     if choice.name == DENSE:
         return choice
     reason = f"{choice.reason}, but lowered the whole model is slower"
-    return replace(choice, name=DENSE, ms=choice.ms_dense, reason=reason)
+    return replace(choice, name=DENSE, ms=choice.ms_dense, reason=reason, threshold=0)
 
 
 def _apply(target: Target, choice: Choice) -> None:
-    if choice.name == PACKED:
-        target.pack()
-    elif choice.name == SEMI:
-        target.compress()
-    elif choice.name != DENSE:
-        target.prepack()
+    if choice.name != DENSE:
+        target.lower(choice.name, choice.threshold)
 
 
 def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) -> None:
     """Leaves the reason and the measurement on the layer, for the report."""
     fields, path = marks_of(target.candidate.host), target.candidate.path
     state = ["folded"] if choice is not None and choice.name == DENSE else []
+    if job.keep is not None and target.candidate.kind == "conv":
+        state.append(_NOT_LINEAR)
     texts = [reason, *state, *job.fusing.remarks(target)]
     fields.setdefault(SKIPPED, {})[path] = "; ".join(text for text in texts if text)
     if choice is not None and choice.rows:

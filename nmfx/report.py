@@ -38,8 +38,9 @@ class Row:
         pattern: the pattern in force, or None for a dense layer.
         state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed",
             "semi_structured" (2:4 on a GPU's sparse tensor cores), "prepacked" (dense, with a copy
-            in oneDNN's layout) or "dense"; from `nmfx.preview`, "would pack", "would be
-            semi_structured", "would prepack" or "dense".
+            in oneDNN's layout), two forms like "packed+dense" (the first for few rows) or "dense";
+            from `nmfx.preview`, "would pack", "would be semi_structured", "would prepack" or
+            "dense".
         capture: "leaf", "scoped" or "graph" for rewritten layers, else "".
         lambda_w: strength of the SR-STE decay; None for a dense or lowered layer.
         attached: whether an optimizer applies the decay (`nmfx.attach`).

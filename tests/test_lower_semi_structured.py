@@ -221,15 +221,15 @@ def test_an_interruption_leaves_a_folded_model(
 ) -> None:
     model = sparse()
     folded = nmfx.fold(model)
-    compress, calls = Target.compress, []
+    lower, calls = Target.lower, []
 
-    def second_fails(self: Target) -> None:
-        compress(self)
+    def second_fails(self: Target, *args: object) -> None:
+        lower(self, *args)
         calls.append(self)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Target, "compress", second_fails)
+    monkeypatch.setattr(Target, "lower", second_fails)
     with pytest.raises(KeyboardInterrupt):
         lowered(monkeypatch, model, inplace)
     if inplace:

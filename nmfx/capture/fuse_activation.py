@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..graph.follow import activation, only_user
 from ..ops.conv_nm import conv_nm
+from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from .install import refresh
 from .lowering import Target
 from .neighbours import Neighbour, activation_of
-from .site import REPLACES, SITES, get_path, packed_names
+from .site import REPLACES, SITES, forms_of, get_path, packed_names
 
 
 class ActivationFusing:
@@ -48,7 +50,7 @@ class ActivationFusing:
             pair: what stands behind it.
         """
         name = activation_of(pair)
-        if name is None or target.state != "packed":
+        if name is None or "packed" not in forms_of(target.state):
             return None
         second = pair.second
         if not isinstance(second, nn.Module):
@@ -76,15 +78,13 @@ class ActivationFusing:
         """Fuses what stands behind all uses of a packed weight in a graph; or None."""
         gm, path = target.candidate.host, target.candidate.path
         assert isinstance(gm, fx.GraphModule)
-        if target.state != "packed":
+        if "packed" not in forms_of(target.state):
             return None
         values = get_path(gm, packed_names(path)[0])
         modules = dict(gm.named_modules(remove_duplicate=False))
         names: list[str] = []
         for node in list(gm.graph.nodes):
-            if node.op != "call_function" or node.target not in (linear_nm, conv_nm):
-                continue
-            if get_path(gm, str(node.args[1].target)) is not values:
+            if not _reads(gm, node, values):
                 continue
             after = only_user(node)
             name = None if after is None else activation(after, node, modules)
@@ -97,6 +97,16 @@ class ActivationFusing:
         if names:
             gm.recompile()
         return ", ".join(dict.fromkeys(names)) or None
+
+
+def _reads(gm: fx.GraphModule, node: fx.Node, values: Tensor) -> bool:
+    """Whether a node is a layer on these packed values."""
+    if node.op != "call_function" or node.target not in (linear_nm, conv_nm, linear_by_rows):
+        return False
+    weight: Any = node.args[1]
+    if node.target is linear_by_rows:  # ("packed", values, ...) comes first, if it is there
+        weight = weight[1]
+    return get_path(gm, str(weight.target)) is values
 
 
 def _drop(node: fx.Node) -> None:

@@ -70,6 +70,7 @@ class NMHost(NMModule):
 def _note(site: Site) -> str:
     where = "" if site.path == "weight" else f"{site.path} "
     state = "" if site.state == "sparse" else f" {site.state}"
+    state += f" at {site.threshold} rows" if site.threshold else ""
     activation = "" if site.activation == "none" else f" {site.activation}"
     return f"{where}{site.pattern}{state}{activation}"
 

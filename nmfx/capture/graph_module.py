@@ -19,22 +19,11 @@ from ..graph.rewrite import (
     insert_keep,
     insert_sr_ste,
     remove_inserted,
-    replace_with_packed,
-    replace_with_semi_structured,
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
-from .site import (
-    HOLDER,
-    SITES,
-    Holder,
-    Site,
-    compressed_names,
-    control_name,
-    holder_of,
-    mask_name,
-    packed_names,
-)
+from .replace import replace_uses
+from .site import HOLDER, SITES, Holder, Site, control_name, holder_of, mask_name
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:
@@ -99,18 +88,13 @@ def rewrite_graph(gm: fx.GraphModule) -> None:
         uses = by_path.get(site.path, [])
         if not uses:  # packed already
             continue
-        if site.state == "packed":
-            values, index = packed_names(site.path)
-            replace_with_packed(gm.graph, uses, values, index, site.shape, site.pattern)
-        elif site.state == "semi_structured":
-            assert site.dtype is not None
-            names = compressed_names(site.path)
-            replace_with_semi_structured(gm.graph, uses, *names, site.shape, site.dtype)
+        if site.lowered:
+            replace_uses(gm.graph, uses, site)
         elif site.state == "frozen":
             insert_keep(gm.graph, uses, f"{HOLDER}.{mask_name(i)}")
         else:
             insert_sr_ste(gm.graph, uses, f"{HOLDER}.{control_name(i)}", site.pattern.m, site.dim)
-    _check_loads(gm, any(site.state in ("packed", "semi_structured") for site in sites))
+    _check_loads(gm, any(site.lowered for site in sites))
     gm.recompile()
 
 

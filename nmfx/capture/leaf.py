@@ -7,26 +7,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..graph.fuse import fuse_masks
-from ..graph.rewrite import (
-    Use,
-    find_uses,
-    insert_keep,
-    insert_sr_ste,
-    replace_with_packed,
-    replace_with_prepacked,
-    replace_with_semi_structured,
-)
+from ..graph.rewrite import Use, find_uses, insert_keep, insert_sr_ste
 from .generate import base_class, compile_forward, generated_class
 from .packed import decompress_weight, unpack_weight
-from .site import (
-    COPY,
-    SITES,
-    Site,
-    compressed_names,
-    control_name,
-    mask_name,
-    packed_names,
-)
+from .replace import replace_uses
+from .site import SITES, Site, control_name, forms_of, mask_name
 from .tracer import Untraceable, trace_late_bound
 
 WEIGHT = "weight"
@@ -60,17 +45,12 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
     """
     graph, uses, baked = trace_leaf(module)
     members: dict[str, Any] = {"nmfx_graph": graph, "nmfx_baked": baked}
-    if site.state == "packed":
-        names = packed_names(WEIGHT)
-        replace_with_packed(graph, uses, *names, site.shape, site.pattern, site.activation)
-        members["weight"] = property(_unpacked_weight)
-    elif site.state == "semi_structured":
-        assert site.dtype is not None
-        names = compressed_names(WEIGHT)
-        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype)
-        members["weight"] = property(_decompressed_weight)
-    elif site.state == "prepacked":
-        replace_with_prepacked(graph, uses, COPY, site.shape)
+    if site.lowered:
+        replace_uses(graph, uses, site)
+        forms = forms_of(site.state)
+        if not {"dense", "prepacked"}.intersection(forms):  # else the weight is where it was
+            read = _unpacked_weight if "packed" in forms else _decompressed_weight
+            members["weight"] = property(read)
     elif site.state == "frozen":
         insert_keep(graph, uses, mask_name(0))
     else:

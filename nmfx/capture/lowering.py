@@ -2,17 +2,19 @@
 
     weight (Parameter)    pack      weight_values, weight_index (buffers), linear_nm
                           compress  weight_compressed, weight_meta (buffers), linear_semi_structured
+                          two forms both, or one beside the weight (Parameter): linear_by_rows
                           prepack   weight (Parameter) and a copy outside the state
                    <---   undo      bit for bit the folded weight
 
 Packing and compressing delete the dense weight as their last step, so whatever interrupts them, the
-weight is still there in one of its forms, and `undo` tells which.
+weight is still there in one of its forms, and `undo` tells which. A dense weight that stays beside
+another form is made constant instead: training it would leave the other form behind.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +32,10 @@ from .site import (
     Holder,
     Site,
     compressed_names,
+    form_names,
     format_name,
     format_tensor,
+    forms_of,
     get_path,
     holder_of,
     packed_names,
@@ -85,63 +89,70 @@ class Target:
         return next((site.state for site in sites if site.path == c.path), "dense")
 
     @torch.no_grad()
-    def pack(self) -> None:
-        """Swaps the weight for packed buffers; the dense weight is freed."""
-        owner, name = self.owner
-        weight = owner._parameters[name]
-        assert weight is not None
-        packed = pack_weight(weight, self.candidate.dim, self.candidate.groups, self.pattern)
-        self._replace(dict(zip(packed_names(name), packed, strict=True)), "packed")
+    def lower(self, state: str, threshold: int = 0) -> None:
+        """Swaps the weight for what `state` says; where that is not dense too, the weight is freed.
 
-    @torch.no_grad()
-    def compress(self) -> None:
-        """Swaps the weight for the form that sparse tensor cores read; the dense weight is freed.
+        Args:
+            state: "packed", "semi_structured", "prepacked" or one of `TWO_FORMS`.
+            threshold: of two forms, see `Site`.
 
         Raises:
             NMError: the weight or its device has no such form.
         """
-        owner, name = self.owner
-        weight = owner._parameters[name]
-        assert weight is not None
-        *tensors, self._format = compress_weight(weight, self.candidate.dim)
-        buffers = dict(zip(compressed_names(name), tensors, strict=True))
-        buffers[format_name(name)] = format_tensor(self._format).to(weight.device)
-        self._replace(buffers, "semi_structured")
+        tensors = {form: self._made(form) for form in forms_of(state)}
+        self.adopt(state, tensors, self._format, threshold)
 
-    def adopt(self, state: str, tensors: tuple[Tensor, ...], format: str = "") -> None:
-        """Swaps the weight for what a file holds of it: `pack`, `compress` or `prepack` done.
+    def _made(self, form: str) -> tuple[Tensor, ...]:
+        weight, c = self.weight, self.candidate
+        if form == "packed":
+            return pack_weight(weight, c.dim, c.groups, self.pattern)
+        if form == "semi_structured":
+            *tensors, self._format = compress_weight(weight, c.dim)
+            return tuple(tensors)
+        return ()
+
+    def adopt(
+        self,
+        state: str,
+        tensors: Mapping[str, tuple[Tensor, ...]],
+        format: str = "",
+        threshold: int = 0,
+    ) -> None:
+        """Swaps the weight for what is made of it, or what a file holds of it: `lower` done.
 
         Args:
-            state: "packed", "semi_structured" or "prepacked".
-            tensors: (values, index) or (compressed, meta), checked; none for "prepacked".
+            state, threshold: see `lower`.
+            tensors: by form (values, index) or (compressed, meta), checked; none for those that
+                keep the weight.
             format: of semi-structured tensors.
         """
         if state == "prepacked":
-            return self.prepack()
-        _, name = self.owner
-        names = packed_names(name) if state == "packed" else compressed_names(name)
-        buffers = dict(zip(names, tensors, strict=True))
-        if state == "semi_structured":
-            self._format = format
-            buffers[format_name(name)] = format_tensor(format).to(self.device)
-        self._replace(buffers, state)
+            return self._prepack()
+        self._format = format
+        (owner, name), forms = self.owner, forms_of(state)
+        for form in forms:
+            if form != "dense":
+                for key, tensor in zip(form_names(name, form), tensors[form], strict=True):
+                    owner.register_buffer(key, tensor)
+        if "semi_structured" in forms:
+            owner.register_buffer(format_name(name), format_tensor(format).to(self.device))
+        # While the weight still exists: graph uses are found by its name.
+        self._add_site(state, threshold)
+        if "dense" in forms:
+            self.weight.requires_grad_(False)
+        else:
+            del owner._parameters[name]
         return None
 
-    def _replace(self, buffers: dict[str, Tensor], state: str) -> None:
-        owner, name = self.owner
-        for buffer_name, tensor in buffers.items():
-            owner.register_buffer(buffer_name, tensor)
-        self._add_site(state)  # while the weight still exists: graph uses are found by its name
-        del owner._parameters[name]
-
-    def prepack(self) -> None:
+    def _prepack(self) -> None:
         """Keeps the weight, and a copy of it in oneDNN's layout. For leaf capture only."""
         assert self.candidate.capture == "leaf", self.candidate
         self.candidate.host.__dict__[COPY] = WeightCopy()
         self._add_site("prepacked")
 
-    def _add_site(self, state: str) -> None:
+    def _add_site(self, state: str, threshold: int = 0) -> None:
         c, store = self.candidate, self._make_store()
+        is_compressed = "semi_structured" in forms_of(state)
         site = Site(
             c.path,
             c.shape,
@@ -153,8 +164,9 @@ class Target:
             c.capture,
             state,
             groups=c.groups,
-            dtype=self._dtype if state == "semi_structured" else None,
-            format=self._format if state == "semi_structured" else "",
+            dtype=self._dtype if is_compressed else None,
+            format=self._format if is_compressed else "",
+            threshold=threshold,
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)
@@ -182,6 +194,8 @@ class Target:
             for key in self._order:  # the order is that of state_dict and of optimizers
                 if key in owner._parameters:  # the others are still to come
                     owner._parameters[key] = owner._parameters.pop(key)
+        elif self._requires_grad:
+            owner._parameters[name].requires_grad_()  # type: ignore[union-attr]  # it was constant
         for key in (*packed_names(name), *compressed_names(name), format_name(name)):
             owner._buffers.pop(key, None)
         store = holder_of(c.host) if c.capture == "graph" else c.host

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,6 +75,43 @@ def check_weight(
     for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True):
         check_packed(v, i, shape[0] // groups, columns, pattern)
     return None
+
+
+def check_same_weight(
+    forms: Mapping[str, Sequence[Tensor]],
+    shape: tuple[int, ...],
+    dim: int,
+    pattern: Pattern,
+    dtype: torch.dtype | None,
+) -> None:
+    """Checks that several forms of a linear layer's weight hold the same values.
+
+    What cuSPARSELt compressed is left out: only its GPU reads it.
+
+    Args:
+        forms: by name the tensors of each; packed ones are checked already.
+        shape, dim, pattern: of the weight.
+        dtype: of the weight, if one form is semi-structured.
+
+    Raises:
+        NMError: they do not.
+    """
+    dense = []
+    for form, tensors in forms.items():
+        try:
+            if form == "packed":
+                dense.append(unpack_weight(tensors[0], tensors[1], shape, dim, 1, pattern))
+            elif form != "semi_structured":
+                dense.append(tensors[0])
+            elif tensors[1].numel():
+                assert dtype is not None
+                dense.append(decompress_weight(tensors[0], tensors[1], shape, dim, dtype))
+        except RuntimeError as error:
+            raise NMError(f"its {form} tensors are none: {error}") from error
+    for one, other in itertools.pairwise(dense):
+        kinds = [(tuple(weight.shape), weight.dtype) for weight in (one, other)]
+        if kinds[0] != kinds[1] or not same_values(one, other.to(one.device)):
+            raise NMError(f"its forms {' and '.join(forms)} are not of the same weight")
 
 
 def packed_weight_shapes(

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from ..errors import NMError
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
-from .packed import check_weight, packed_weight_shapes
+from .packed import check_same_weight, check_weight, packed_weight_shapes
 
 
 @dataclass
@@ -48,13 +48,14 @@ class Site:
         kind: "linear", "addmm", "conv" or "conv_transpose", how the weight is consumed.
         capture: "leaf", "scoped" or "graph", how the consumer was rewritten.
         state: "sparse", "frozen" (fixed mask), or, lowered, "packed", "semi_structured" (2:4 for
-            the sparse tensor cores of a GPU) or "prepacked" (dense, with a copy in oneDNN's
-            layout).
+            the sparse tensor cores of a GPU), "prepacked" (dense, with a copy in oneDNN's
+            layout) or one of `TWO_FORMS`.
         attached: the token of the optimizer hook that applies the decay, or None (in backward).
         groups: of a convolution, else 1.
         activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
         dtype: of a semi-structured weight, whose tensors are bytes; else None.
         format: what those bytes are, see `nmfx.kernels.semi_structured.format_of`; else "".
+        threshold: of a layer in two forms: inputs of up to so many rows use the first; else 0.
     """
 
     path: str
@@ -71,17 +72,27 @@ class Site:
     activation: str = "none"
     dtype: torch.dtype | None = None
     format: str = ""
+    threshold: int = 0
 
     @property
     def lowered(self) -> bool:
         """Whether `nmfx.lower` is done with it: no mask, no schedule."""
-        return self.state in ("packed", "semi_structured", "prepacked")
+        return self.state in ("packed", "semi_structured", "prepacked", *TWO_FORMS)
 
     @property
     def lambda_in_backward(self) -> float:
         """The lambda that the op itself applies: none when an optimizer hook does."""
         return 0.0 if self.attached is not None else self.lambda_w
 
+
+# A weight held twice: the form for few rows of input + the form for many. Packed reads the fewest
+# bytes, so it is the one for few; which of the others serves few rows better is measured.
+TWO_FORMS = (
+    "packed+semi_structured",
+    "packed+dense",
+    "semi_structured+dense",
+    "dense+semi_structured",
+)
 
 SITES = "_nmfx_sites"
 SKIPPED = "_nmfx_skipped"
@@ -186,11 +197,21 @@ def format_tensor(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
+def forms_of(state: str) -> tuple[str, ...]:
+    """The forms that a weight in a state is held in: one, or two of `TWO_FORMS`."""
+    return tuple(state.split("+"))
+
+
+def form_names(path: str, form: str) -> tuple[str, ...]:
+    """The tensors that hold a weight in a form."""
+    if form == "packed":
+        return packed_names(path)
+    return compressed_names(path) if form == "semi_structured" else (path,)
+
+
 def stored_names(site: Site) -> tuple[str, ...]:
     """The tensors that hold the weight of a site, in the state that it is in."""
-    if site.state == "packed":
-        return packed_names(site.path)
-    return compressed_names(site.path) if site.state == "semi_structured" else (site.path,)
+    return tuple(name for form in forms_of(site.state) for name in form_names(site.path, form))
 
 
 def get_path(module: nn.Module, path: str) -> Any:
@@ -233,21 +254,54 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
         NMError: an index outside its group, and all else that `check_packed` finds.
     """
     for site in store.__dict__.get(SITES, ()):
-        if site.state == "semi_structured":
+        forms = forms_of(site.state)
+        if "semi_structured" in forms:
             _check_format(site, state_dict, prefix)
-        if site.state != "packed":
-            continue
-        names = packed_names(site.path)
-        values, index = (state_dict.get(prefix + name) for name in names)
-        own = packed_weight_shapes(site.shape, site.dim, site.groups, site.pattern)
-        if not (isinstance(values, Tensor) and isinstance(index, Tensor)):
-            continue  # torch tells what is missing, and what has another size
-        if (values.shape, index.shape) != own:
-            continue
-        try:
-            check_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
-        except NMError as error:
-            raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
+        if "packed" in forms:
+            _check_packed(site, state_dict, prefix)
+        if len(forms) > 1:
+            _check_forms(site, state_dict, prefix)
+
+
+def _check_packed(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
+    names = packed_names(site.path)
+    values, index = (state_dict.get(prefix + name) for name in names)
+    own = packed_weight_shapes(site.shape, site.dim, site.groups, site.pattern)
+    if not (isinstance(values, Tensor) and isinstance(index, Tensor)):
+        return  # torch tells what is missing, and what has another size
+    if (values.shape, index.shape) != own:
+        return
+    try:
+        check_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+    except NMError as error:
+        raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
+
+
+def _check_forms(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
+    """Both forms of a weight or none, as one alone would leave the other behind."""
+    names = stored_names(site)
+    given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+    if not given:
+        return
+    if len(given) < len(names):
+        missing = next(name for name in names if name not in given)
+        raise NMError(
+            f"{prefix}{site.path}: this layer holds its weight as {site.state}, and what is to be "
+            f"loaded has no {prefix}{missing}; load both forms, or lower the dense model again"
+        )
+    try:
+        check_same_weight(
+            {
+                form: [given[name] for name in form_names(site.path, form)]
+                for form in forms_of(site.state)
+            },
+            site.shape,
+            site.dim,
+            site.pattern,
+            site.dtype,
+        )
+    except NMError as error:
+        raise NMError(f"{prefix}{site.path}: {error}") from error
 
 
 def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:

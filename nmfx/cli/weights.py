@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..capture.packed import unpack_weight
-from ..capture.site import packed_names
+from ..capture.site import form_names, forms_of, packed_names
 from ..errors import NMError
 from ..mask import DTYPES
 from ..storage.content import check_content, read_spec
@@ -84,34 +84,33 @@ def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
     spec = read_spec(source)
     layers = {} if spec is None else spec.layers
     for name, layer in layers.items():
-        if layer.state == "semi_structured":
+        if "semi_structured" in forms_of(layer.state):
             raise NMError(f"{name}: it is {layer.format}, which only its model on that GPU reads")
-    waiting: dict[str, tuple[str, Tensor]] = {}
+    waiting: dict[str, dict[str, Tensor]] = {}
     parts = {
-        key: name
+        name: [key for form in forms_of(layer.state) for key in form_names(name, form)]
         for name, layer in layers.items()
-        if layer.state == "packed"
-        for key in packed_names(name)
+        if "packed" in forms_of(layer.state)
     }
+    owners = {key: name for name, keys in parts.items() for key in keys}
     for name, tensor in source.read(None if spec is None else spec.tensors):
-        if name not in parts:
+        if name not in owners:
             weight = judge(name, tensor, layers.get(name), options)
             if weight is not None:
                 yield weight
             continue
-        owner = parts[name]
-        if owner not in waiting:
-            waiting[owner] = name, tensor
+        owner = owners[name]
+        waiting.setdefault(owner, {})[name] = tensor
+        if len(waiting[owner]) < len(parts[owner]):
             continue
-        other, first = waiting.pop(owner)
-        found = {name: tensor, other: first}
+        found = waiting.pop(owner)
         values, index = (found[key] for key in packed_names(owner))
         layer = layers[owner]
         assert spec is not None
         _check_packed(spec, owner, found)
         dense = unpack_weight(values, index, layer.shape, layer.dim, layer.groups, layer.pattern)
         reason = _chosen(owner, options)
-        stored = values.nbytes + index.nbytes
+        stored = sum(tensor.nbytes for tensor in found.values())
         yield Weight(owner, dense, layer.dim, layer, stored, reason, not reason)
     if waiting:
         raise NMError(f"{next(iter(waiting))}: the file has half of it")

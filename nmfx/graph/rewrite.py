@@ -14,6 +14,10 @@
                 nmfx_linear_semi_structured(x, compressed, meta, bias, out_features, in_features,
                                             dtype)
 
+    by rows     linear(x, weight, bias)              becomes
+                nmfx_linear_by_rows(x, ("packed", values, index, n, m), ("dense", weight, False),
+                                    bias, out_features, in_features, threshold)
+
     prepacked   linear(x, weight, bias)              becomes
                 nmfx_linear_prepacked(x, weight, bias, copy, transposed)
                 conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
@@ -35,6 +39,7 @@ from torch import fx
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
 from ..ops.keep import keep
+from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
 from ..ops.linear_semi_structured import linear_semi_structured
@@ -151,6 +156,37 @@ def replace_with_semi_structured(
         with graph.inserting_before(use.node):
             tensors = [graph.create_node("get_attr", name) for name in (compressed, meta)]
             call = graph.call_function(linear_semi_structured, (inputs, *tensors, bias, *constants))
+        _swap(graph, use, call)
+
+
+# A form of a weight: its name, the attributes that hold it, and constants, see `linear_by_rows`.
+FormNames = tuple[str, tuple[str, ...], tuple[Any, ...]]
+
+
+def replace_with_by_rows(
+    graph: fx.Graph,
+    uses: Iterable[Use],
+    few: FormNames,
+    many: FormNames,
+    shape: tuple[int, ...],
+    threshold: int,
+    activation: str = "none",
+) -> None:
+    """Replaces the linear consumers of a weight of `shape` by linear_by_rows.
+
+    Check with `can_pack`, as for `replace_with_packed`.
+    """
+    for use in uses:
+        inputs, bias = _operands(use)
+        constants = shape[1 - use.consumer.dim], shape[use.consumer.dim], threshold
+        with graph.inserting_before(use.node):
+            forms = [
+                (form, *(graph.create_node("get_attr", name) for name in names), *rest)
+                for form, names, rest in (few, many)
+            ]
+            given: dict[str, Any] = {} if activation == "none" else {"activation": activation}
+            arguments = (inputs, *forms, bias, *constants)
+            call = graph.call_function(linear_by_rows, arguments, given)
         _swap(graph, use, call)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..capture.packed import check_weight
-from ..capture.site import compressed_names, format_name, packed_names
+from ..capture.packed import check_same_weight, check_weight
+from ..capture.site import compressed_names, form_names, format_name, forms_of, packed_names
 from ..errors import NMError
 from ..mask import is_nm
 from .files import Source
@@ -61,40 +61,57 @@ def all_names(spec: Spec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_layer(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
-    shape, state = layer.shape, layer.state
+    shape, state, forms = layer.shape, layer.state, forms_of(layer.state)
     if len(shape) < 2 or shape[layer.dim] % layer.pattern.m:
         raise NMError(f"{layer.pattern} does not fit shape {shape} along dim {layer.dim}")
     if layer.groups > 1 and (len(shape) == 2 or shape[0] % layer.groups):
         raise NMError(f"{layer.groups} groups do not fit shape {shape}")
-    if (layer.dtype is None) == (state == "semi_structured"):
+    if (layer.dtype is None) == ("semi_structured" in forms):
         raise NMError(f"its dtype is {layer.dtype}, although it is {state}")
-    if layer.activation != "none" and state != "packed":
+    if layer.activation != "none" and "packed" not in forms:
         raise NMError(f"its activation is {layer.activation}, although it is {state}")
-    if state == "packed":
-        values, index = (tensors[key] for key in packed_names(name))
-        if values.ndim != 3 or len(values) % layer.groups or len(index) % layer.groups:
-            raise NMError(f"packed values of shape {tuple(values.shape)} are none")
-        check_weight(values, index, shape, layer.dim, layer.groups, layer.pattern)
-        return
-    if (layer.format != "") != (state == "semi_structured"):
+    if (layer.format != "") != ("semi_structured" in forms):
         raise NMError(f"its format is {layer.format!r}, although it is {state}")
-    if state == "semi_structured":
+    if (layer.threshold > 0) != (len(forms) > 1):
+        raise NMError(f"its threshold is {layer.threshold}, although it is {state}")
+    for form in forms:
+        _CHECKS.get(form, _check_weight)(name, layer, tensors)
+    if len(forms) > 1:
         if len(shape) != 2:
-            raise NMError(f"no semi-structured weight has the shape {shape}")
-        for key in (*compressed_names(name), format_name(name)):
-            if tensors[key].dtype != torch.uint8:
-                raise NMError(f"{key} is {tensors[key].dtype}, not uint8")
-        text = bytes(tensors[format_name(name)].flatten().tolist()).decode("latin1")
-        if text != layer.format:
-            raise NMError(f"it is called {layer.format!r} and {text!r}")
-        return
+            raise NMError(f"no weight of the shape {shape} has two forms")
+        held = {form: [tensors[key] for key in form_names(name, form)] for form in forms}
+        check_same_weight(held, shape, layer.dim, layer.pattern, layer.dtype)
+
+
+def _check_packed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+    values, index = (tensors[key] for key in packed_names(name))
+    if values.ndim != 3 or len(values) % layer.groups or len(index) % layer.groups:
+        raise NMError(f"packed values of shape {tuple(values.shape)} are none")
+    check_weight(values, index, layer.shape, layer.dim, layer.groups, layer.pattern)
+
+
+def _check_compressed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+    if len(layer.shape) != 2:
+        raise NMError(f"no semi-structured weight has the shape {layer.shape}")
+    for key in (*compressed_names(name), format_name(name)):
+        if tensors[key].dtype != torch.uint8:
+            raise NMError(f"{key} is {tensors[key].dtype}, not uint8")
+    text = bytes(tensors[format_name(name)].flatten().tolist()).decode("latin1")
+    if text != layer.format:
+        raise NMError(f"it is called {layer.format!r} and {text!r}")
+
+
+def _check_weight(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
     weight = tensors[name]
-    if tuple(weight.shape) != shape:
-        raise NMError(f"its shape is {tuple(weight.shape)}, the specification says {shape}")
-    if state == "folded" and not is_nm(weight, layer.pattern, layer.dim):
+    if tuple(weight.shape) != layer.shape:
+        raise NMError(f"its shape is {tuple(weight.shape)}, the specification says {layer.shape}")
+    if layer.state == "folded" and not is_nm(weight, layer.pattern, layer.dim):
         raise NMError(f"it is called folded and breaks {layer.pattern}")
-    if state == "frozen":
+    if layer.state == "frozen":
         check_mask(tensors[MASK + name], layer)
+
+
+_CHECKS = {"packed": _check_packed, "semi_structured": _check_compressed}
 
 
 def check_mask(mask: Tensor, layer: Layer) -> None:

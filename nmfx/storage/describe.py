@@ -146,6 +146,7 @@ def _site_layer(ref: SiteRef) -> Layer:
         site.activation,
         site.dtype,
         site.format,
+        site.threshold,
     )
 
 

@@ -33,10 +33,10 @@ from ..capture.site import (
     SKIPPED,
     Site,
     SiteRef,
-    compressed_names,
+    form_names,
+    forms_of,
     iter_sites,
     marks_of,
-    packed_names,
 )
 from ..errors import NMError
 from ..graph.follow import activation, module_activation, only_user
@@ -103,14 +103,11 @@ def _check_existing(refs: Mapping[str, SiteRef], wanted: Mapping[str, Layer]) ->
         same = (site.shape, site.dim, site.kind, site.groups)
         if same != (layer.shape, layer.dim, layer.kind, layer.groups):
             raise NMError(f"{name}: it is {same} in the model and another layer in the file")
-        lowered = (site.state, site.pattern, site.activation, site.dtype, site.format)
-        if (site.lowered or layer.state in LOWERED) and lowered != (
-            layer.state,
-            layer.pattern,
-            layer.activation,
-            layer.dtype,
-            layer.format,
-        ):
+        mine, its = (
+            (one.state, one.pattern, one.activation, one.dtype, one.format, one.threshold)
+            for one in (site, layer)
+        )
+        if (site.lowered or layer.state in LOWERED) and mine != its:
             raise NMError(
                 f"{name}: it is {site.state} ({site.pattern.text}) in the model and {layer.state} "
                 f"({layer.pattern.text}) in the file; load into the dense model"
@@ -213,7 +210,11 @@ def _lower(
                 f"{reason or f'its capture is {c.capture}, not {layer.capture}'}"
             )
         place = device if target.device.type == "meta" else target.device
-        target.adopt(layer.state, _moved(name, layer, target, tensors, place), layer.format)
+        moved = {
+            form: _moved(name, form, layer, target, tensors, place)
+            for form in forms_of(layer.state)
+        }
+        target.adopt(layer.state, moved, layer.format, layer.threshold)
         targets.append(target)
         if layer.activation != "none" and c.capture == "leaf":
             c.host.__dict__[SITES][0].activation = layer.activation
@@ -228,16 +229,22 @@ def _lower(
 
 
 def _moved(
-    name: str, layer: Layer, target: Target, tensors: Mapping[str, Tensor], device: torch.device
+    name: str,
+    form: str,
+    layer: Layer,
+    target: Target,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """The tensors of a lowered layer on their device."""
-    if layer.state == "prepacked":
+    """The tensors of one form of a lowered layer on their device; none of a dense weight."""
+    if form in ("prepacked", "dense"):
         return ()
-    names = packed_names(name) if layer.state == "packed" else compressed_names(name)
-    dtype = tensors[names[0]].dtype if layer.dtype is None else layer.dtype
+    names = form_names(name, form)
+    dtype = tensors[names[0]].dtype if form == "packed" else layer.dtype
+    assert dtype is not None, layer
     if dtype != target.weight.dtype:
         raise NMError(f"{name}: it is {dtype} in the file and {target.weight.dtype} in the model")
-    if layer.state == "semi_structured":
+    if form == "semi_structured":
         backend = semi_structured.backend_of(device)
         here = (
             f"no such layers ({backend})"

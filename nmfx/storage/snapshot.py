@@ -1,6 +1,6 @@
 """What a model is made of, remembered so that it can be put back: classes, tables, graphs.
 
-No tensor is copied, and writes into tensors are not undone.
+No tensor is copied, and writes into tensors are not undone; which parameters require a gradient is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class _Module:
         # The tables stay the same objects, which others may hold.
         self._tables = [(v, copy.copy(v)) for v in self._fields.values() if isinstance(v, dict)]
         self._sites = [(site, dict(vars(site))) for site in self._fields.get(SITES, ())]
+        self._grads = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         graph = module.graph if isinstance(module, fx.GraphModule) else None
         self._graph: Any = copy.deepcopy(graph)
 
@@ -45,5 +46,8 @@ class _Module:
             table.update(content)
         for site, content in self._sites:
             vars(site).update(content)
+        for parameter, requires_grad in self._grads:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
         if self._graph is not None:
             self._module.graph = self._graph

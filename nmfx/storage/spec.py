@@ -25,13 +25,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..capture.site import TWO_FORMS
 from ..errors import NMError
 from ..ops.packed import ACTIVATIONS
 from ..pattern import Pattern
 
 VERSION = 1
-STATES = ("sparse", "frozen", "packed", "semi_structured", "prepacked", "folded")
-LOWERED = ("packed", "semi_structured", "prepacked")
+LOWERED = ("packed", "semi_structured", "prepacked", *TWO_FORMS)
+STATES = ("sparse", "frozen", "folded", *LOWERED)
 _KINDS = ("linear", "addmm", "conv", "conv_transpose")
 _CAPTURES = ("leaf", "scoped", "graph", "")
 _MAX_DIMS, _MAX_SIZE = 8, 2**48
@@ -64,6 +65,7 @@ class Layer:
     activation: str = "none"
     dtype: torch.dtype | None = None
     format: str = ""
+    threshold: int = 0
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ _LAYER: dict[str, _Reader] = {
     "activation": _one_of(*ACTIVATIONS),
     "dtype": _optional_dtype,
     "format": _text,
+    "threshold": _integer(0, _MAX_SIZE),
 }
 _SPEC: dict[str, _Reader] = {
     "nmfx": _text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from .decide import DENSE, Choice, Timing, decide
 from .hardware import cache_bytes, kernel_digest, kernel_status, processor
 from .layers import Layer, Run, candidates, multiply_adds, names
 from .shapes import Seen, make_input
+from .two_forms import decide_two
 
 # Twice the cache: replacement policies are not exactly least-recently-used.
 _EVICT = 2
@@ -65,7 +66,14 @@ class Bench:
             self._evicts[device] = timer.make_evict(self.model, size, lambda: self._current, device)
         return self._evicts[device]
 
-    def choose(self, name: str, layer: Layer, shapes: Mapping[Seen, int], every: bool) -> Choice:
+    def choose(
+        self,
+        name: str,
+        layer: Layer,
+        shapes: Mapping[Seen, int],
+        every: bool,
+        keep: Sequence[str] | None = None,
+    ) -> Choice:
         """The best candidate of a layer for inputs `shapes` ({input: how many calls have it}).
 
         Args:
@@ -73,6 +81,7 @@ class Bench:
             layer: its weight is not changed.
             shapes: at least one.
             every: see `decide`.
+            keep: two forms that a linear layer may hold, or None.
         """
         self._devices[layer.weight.device] = None
         # Made for the first shape that is not known, and only then: packing takes a while.
@@ -81,10 +90,16 @@ class Bench:
             found = [(self._ms(name, layer, seen, made), count) for seen, count in shapes.items()]
         # A candidate that failed at one shape is out at all.
         common = [key for key in found[0][0] if all(key in ms for ms, _ in found)]
-        timings = [Timing({key: ms[key] for key in common}, count) for ms, count in found]
+        timings = [
+            Timing({key: ms[key] for key in common}, count, seen.rows)
+            for (ms, count), seen in zip(found, shapes, strict=True)
+        ]
         rows = tuple(sorted({seen.rows for seen in shapes}))
         work = sum(multiply_adds(layer, seen) * count for seen, count in shapes.items())
-        return replace(decide(timings, every=every), rows=rows, multiply_adds=work)
+        choice = decide(timings, every=every)
+        if keep is not None:
+            choice = decide_two(timings, choice, keep, every=every)
+        return replace(choice, rows=rows, multiply_adds=work)
 
     def notes(self) -> list[str]:
         """For the report: where the numbers come from."""

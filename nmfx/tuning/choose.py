@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def choose(
     seen: Mapping[Seen, int] | None,
     *,
     prepack: bool,
+    keep: Sequence[str] | None = None,
 ) -> Choice:
     """What a layer becomes on this machine.
 
@@ -34,6 +35,7 @@ def choose(
         pattern: of the weight.
         seen: the inputs it met and how often, or None to assume some.
         prepack: whether a second copy of the weight is allowed.
+        keep: two forms that a linear layer may hold, or None.
     """
     if weight.device.type not in ("cpu", "cuda"):
         return stays_dense(f"it is on {weight.device.type}, where nmfx times nothing")
@@ -50,7 +52,8 @@ def choose(
     layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack)
     if names(layer) == [DENSE]:
         return stays_dense(f"{layer.obstacles[SEMI]}; {layer.obstacles[PACKED]}")
-    return bench.choose(candidate.name, layer, shapes, every=seen is None)
+    keep = None if candidate.kind == "conv" else keep
+    return bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
 
 
 def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Choice:

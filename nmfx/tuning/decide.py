@@ -13,10 +13,11 @@ DENSE, PREPACKED, PACKED, SEMI = "dense", "prepacked", "packed", "semi_structure
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call per candidate, on one shape, which `count` calls have."""
+    """Milliseconds of one call per candidate, on one shape of `rows`, which `count` calls have."""
 
     ms: Mapping[str, float]
     count: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Choice:
     """What a layer becomes.
 
     Attributes:
-        name: "dense", "prepacked", "packed" or "semi_structured".
+        name: "dense", "prepacked", "packed", "semi_structured" or one of `TWO_FORMS`.
         ms_dense, ms: milliseconds over all calls, dense and as chosen.
         reason: the measured ratios in words, or why nothing was measured.
         rows: rows of the inputs that were measured; empty if nothing was.
         multiply_adds: of the dense layer over all calls; 0 if nothing was measured.
+        threshold: of two forms: inputs of up to so many rows use the first; else 0.
+        dense_share: of two forms: the share of the multiply-adds that the dense one does.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Choice:
     reason: str
     rows: tuple[int, ...] = ()
     multiply_adds: int = 0
+    threshold: int = 0
+    dense_share: float = 0.0
 
 
 def stays_dense(reason: str) -> Choice:
@@ -78,12 +83,20 @@ def decide(timings: Sequence[Timing], *, every: bool) -> Choice:
     return Choice(chosen, dense, total[chosen], _reason(chosen, total, every))
 
 
+def _ratios(total: Mapping[str, float]) -> dict[str, float]:
+    return {name: total[DENSE] / ms for name, ms in total.items() if name != DENSE}
+
+
+def as_fast(total: Mapping[str, float]) -> str:
+    """Milliseconds by candidate in words: how many times as fast as dense each is."""
+    texts = [f"{name.replace('_', '-')} {ratio:.2f}x" for name, ratio in _ratios(total).items()]
+    return f"{', '.join(texts)} as fast as dense"
+
+
 def _reason(chosen: str, total: Mapping[str, float], every: bool) -> str:
-    ratios = {name: total[DENSE] / ms for name, ms in total.items() if name != DENSE}
+    ratios, text = _ratios(total), as_fast(total)
     if not ratios:
         return "no other candidate"
-    texts = [f"{name.replace('_', '-')} {ratio:.2f}x" for name, ratio in ratios.items()]
-    text = f"{', '.join(texts)} as fast as dense"
     if chosen == DENSE and max(ratios.values()) >= 1:
         if every and max(ratios.values()) * (1 - TIE) > 1:
             return f"{text} in total, but slower at some number of rows"
@@ -99,7 +112,11 @@ def packed_share(choices: Iterable[Choice]) -> str | None:
     total = sum(choice.multiply_adds for choice in choices)
     if not total:
         return None
-    packed = sum(choice.multiply_adds for choice in choices if choice.name in (PACKED, SEMI))
+    packed = sum(
+        choice.multiply_adds * (1 - choice.dense_share)
+        for choice in choices
+        if choice.name not in (DENSE, PREPACKED)
+    )
     return (
         f"packed kernels carry {packed / total:.0%} of the multiply-adds of the N:M layers that "
         f"were measured, counted dense"
