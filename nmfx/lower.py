@@ -252,7 +252,7 @@ def _kept(choice: Choice) -> Choice:
 
 def _apply(target: Target, choice: Choice) -> None:
     if choice.name != DENSE:
-        target.lower(choice.name, choice.threshold)
+        target.lower(choice.name, choice.threshold, choice.algorithms)
 
 
 def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) -> None:

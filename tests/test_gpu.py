@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from torch._inductor.utils import run_and_get_code
 
 import nmfx
 from nmfx.kernels import semi_structured as semi
+from nmfx.kernels.triton_packed import unpack
+from nmfx.mask import nm_mask, nm_project
 from nmfx.ops import compiled as compiled_ops
+from nmfx.ops.linear_nm import linear_nm
+from nmfx.packing import pack
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.filterwarnings("default"),  # torch's own, of the GPU's compiler
 ]
@@ -159,6 +165,92 @@ def test_a_lowered_model_neither_waits_nor_breaks_cuda_graphs() -> None:
         compiled = torch.compile(fast, fullgraph=True, mode="reduce-overhead")
         for _ in range(3):
             torch.testing.assert_close(compiled(x), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_choice_of_the_gpu_is_saved_and_runs_again(tmp_path: Path) -> None:
+    """Semi-structured with its algorithms, packed, and both in one layer."""
+    few, many = (torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16) for rows in (1, 4096))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4096, 8192), nn.ReLU()).cuda().bfloat16()
+    model = nmfx.sparsify(model, "2:4").eval()
+    folded = nmfx.fold(model)
+    for inputs, keep in (
+        ([(many,)], None),
+        ([(few,)], None),
+        ([(few,), (many,)], ("packed", "semi_structured")),
+    ):
+        fast = nmfx.lower(model, inputs, keep=keep)
+        print(nmfx.report(fast))
+        nmfx.save(fast, tmp_path / "model.safetensors")
+        again = nmfx.load(tmp_path / "model.safetensors", into=copy.deepcopy(folded))
+        for x in (few, many):
+            torch.testing.assert_close(fast(x), folded(x), rtol=2e-2, atol=2e-2)
+            assert torch.equal(again(x), fast(x))
+        compiled = torch.compile(fast, fullgraph=True, mode="reduce-overhead")
+        with torch.no_grad():
+            for x in (few, many, few):
+                torch.testing.assert_close(compiled(x), fast(x), rtol=2e-2, atol=2e-2)
+
+
+def test_all_algorithms_compute_the_same() -> None:
+    if semi.backend_of(torch.device("cuda")) is not semi.CUSPARSELT:
+        pytest.skip("no cuSPARSELt")
+    weight = nm_project(torch.randn(256, 512, device="cuda").bfloat16(), "2:4", 1)
+    tensors = semi.compress(weight, semi.CUSPARSELT)
+    x = torch.randn(64, 512, device="cuda").bfloat16()
+    numbers = list(semi.algorithms(x, *tensors, 256))
+    assert numbers == list(range(len(numbers)))
+    for number in numbers:
+        y = semi.multiply(x, *tensors, None, 256, number)
+        torch.testing.assert_close(y, F.linear(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:16", "4:8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_packed_products_of_any_rows(pattern: str, dtype: torch.dtype) -> None:
+    """Few rows, and many, for which the weight is unpacked; inputs of any strides."""
+    n, m = map(int, pattern.split(":"))
+    for out, columns in ((4096, 4096), (1000, 480), (272, 2048)):
+        weight = nm_project(torch.randn(out, columns, device="cuda").to(dtype), pattern, 1)
+        values, index = pack(weight, pattern)
+        assert torch.equal(unpack(values, index, out, columns, n, m), weight)
+        for rows in (0, 1, 3, 8, 13, 16, 33, 64, 65, 300):
+            x = torch.randn(columns, rows, device="cuda").to(dtype).t()
+            y = linear_nm(x, values, index, None, out, columns, n, m)
+            wanted = F.linear(x.double(), weight.double())
+            error = (y.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+            assert error < {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def test_packed_products_on_streams_and_in_inference_mode() -> None:
+    weight = nm_project(torch.randn(4096, 4096, device="cuda").bfloat16(), "2:4", 1)
+    values, index = pack(weight, "2:4")
+    xs = [torch.randn(r, 4096, device="cuda").bfloat16() for r in (1, 8, 16, 40)]
+
+    def product(x: Tensor) -> Tensor:
+        return linear_nm(x, values, index, None, 4096, 4096, 2, 4)
+
+    wanted = [product(x) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream, x in zip(streams, xs, strict=True):
+            with torch.cuda.stream(stream), torch.inference_mode():
+                found.append(product(x))
+    torch.cuda.synchronize()
+    for number, y in enumerate(found):
+        assert torch.equal(y, wanted[number % len(xs)])
+
+
+def test_masks_are_those_of_the_cpu() -> None:
+    weight = torch.randn(64, 96)
+    weight[0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0])
+    weight[1] = 1.0
+    for pattern in ("2:4", "1:16", "4:8", "3:6"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            w = weight.to(dtype)
+            assert torch.equal(nm_mask(w.cuda(), pattern, 1).cpu(), nm_mask(w, pattern, 1))
 
 
 def test_packed_layers_move_to_a_gpu_and_compressed_ones_stay_there() -> None:

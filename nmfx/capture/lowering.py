@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from ..kernels.semi_structured import with_algorithms
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
@@ -89,18 +90,19 @@ class Target:
         return next((site.state for site in sites if site.path == c.path), "dense")
 
     @torch.no_grad()
-    def lower(self, state: str, threshold: int = 0) -> None:
+    def lower(self, state: str, threshold: int = 0, algorithms: tuple[int, ...] = ()) -> None:
         """Swaps the weight for what `state` says; where that is not dense too, the weight is freed.
 
         Args:
             state: "packed", "semi_structured", "prepacked" or one of `TWO_FORMS`.
             threshold: of two forms, see `Site`.
+            algorithms: of a semi-structured one, see `semi_structured.algorithm_for`.
 
         Raises:
             NMError: the weight or its device has no such form.
         """
         tensors = {form: self._made(form) for form in forms_of(state)}
-        self.adopt(state, tensors, self._format, threshold)
+        self.adopt(state, tensors, with_algorithms(self._format, algorithms), threshold)
 
     def _made(self, form: str) -> tuple[Tensor, ...]:
         weight, c = self.weight, self.candidate

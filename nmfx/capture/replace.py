@@ -14,6 +14,7 @@ from ..graph.rewrite import (
     replace_with_prepacked,
     replace_with_semi_structured,
 )
+from ..kernels.semi_structured import algorithms_of
 from .site import COPY, Site, compressed_names, form_names, forms_of, packed_names
 
 
@@ -31,13 +32,14 @@ def replace_uses(graph: fx.Graph, uses: Sequence[Use], site: Site) -> None:
     elif site.state == "semi_structured":
         assert site.dtype is not None
         names = compressed_names(site.path)
-        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype)
+        algorithms = algorithms_of(site.format)
+        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype, algorithms)
     elif site.state == "prepacked":
         replace_with_prepacked(graph, uses, COPY, site.shape)
     else:
         constants: dict[str, tuple[Any, ...]] = {
             "packed": (site.pattern.n, site.pattern.m),
-            "semi_structured": (site.dtype,),
+            "semi_structured": (site.dtype, algorithms_of(site.format)),
             "dense": (site.dim == 0,),
         }
         few, many = (

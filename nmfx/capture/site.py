@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import NMError
+from ..kernels.semi_structured import without_algorithms
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
 from .packed import check_same_weight, check_weight, packed_weight_shapes
@@ -313,7 +314,8 @@ def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
     text = "something that it does not name"
     if found is not None and found.dtype == torch.uint8:
         text = bytes(found.flatten().tolist()).decode("latin1")
-    if text != site.format or any(tensor.dtype != torch.uint8 for tensor in given):
+    same = without_algorithms(text) == without_algorithms(site.format)
+    if not same or any(tensor.dtype != torch.uint8 for tensor in given):
         raise NMError(
             f"{prefix}{site.path}: this layer holds {site.format}, and what is to be loaded was "
             f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "

@@ -145,6 +145,7 @@ def replace_with_semi_structured(
     meta: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    algorithms: tuple[int, ...] = (),
 ) -> None:
     """Replaces the linear consumers of a weight of `shape` by linear_semi_structured.
 
@@ -152,7 +153,8 @@ def replace_with_semi_structured(
     """
     for use in uses:
         inputs, bias = _operands(use)
-        constants = shape[1 - use.consumer.dim], shape[use.consumer.dim], dtype
+        constants: tuple[Any, ...] = shape[1 - use.consumer.dim], shape[use.consumer.dim], dtype
+        constants += (algorithms,) if algorithms else ()
         with graph.inserting_before(use.node):
             tensors = [graph.create_node("get_attr", name) for name in (compressed, meta)]
             call = graph.call_function(linear_semi_structured, (inputs, *tensors, bias, *constants))

@@ -6,7 +6,7 @@
 A form is a tuple of its name, its tensors and its constants:
 
     ("packed", values, index, n, m)                   nmfx.linear_nm
-    ("semi_structured", compressed, meta, dtype)      linear_semi_structured
+    ("semi_structured", compressed, meta, dtype, algorithms)    linear_semi_structured
     ("dense", weight, transposed)                     F.linear, or torch.addmm if it is transposed
 
 The number of rows is known on the host, so nothing waits for a GPU; under torch.compile and
@@ -77,8 +77,8 @@ def linear_by_rows(
         _, values, index, n, m = form
         return linear_nm(input, values, index, bias, out_features, in_features, n, m, activation)
     if form[0] == "semi_structured":
-        _, compressed, meta, dtype = form
-        y = linear_semi_structured(input, compressed, meta, bias, out_features, in_features, dtype)
+        weight = form[1], form[2], bias, out_features, in_features, *form[3:]
+        y = linear_semi_structured(input, *weight)
     elif form[2]:
         y = torch.addmm(bias, input, form[1])  # type: ignore[arg-type]  # it has a bias
     else:

@@ -251,7 +251,7 @@ def _moved(
             if isinstance(backend, str)
             else semi_structured.format_of(backend, dtype, device)
         )
-        if here != layer.format:
+        if here != semi_structured.without_algorithms(layer.format):
             raise NMError(
                 f"{name}: the file holds it as {layer.format}, and {device} has {here}; lower the "
                 f"dense model here"

@@ -19,19 +19,22 @@ def fastest_algorithm(
     compressed: Tensor,
     meta: Tensor,
     bias: Tensor | None,
-    out: int,
     expected: Tensor,
-) -> int:
+) -> int | None:
     """The fastest of the algorithms that compute `expected`; arguments as for `multiply`.
+
+    Returns:
+        Its number, or None where the library leaves no choice.
 
     Raises:
         NMError: none computes it.
         RuntimeError: the library refuses the product.
     """
+    if meta.numel():  # CUTLASS
+        return None
+    out = expected.shape[-1]
     product = functools.partial(semi_structured.multiply, input, compressed, meta, bias, out)
     numbers = list(semi_structured.algorithms(input, compressed, meta, out))
-    if len(numbers) == 1:
-        return numbers[0]
     runs = {str(number): functools.partial(product, number) for number in numbers}
     ms = timer.measure(runs, budget_s=_BUDGET_S, device=input.device)
     errors = []

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import TOLERANCE, relative_error
+from ..capture.site import forms_of
 from ..errors import NMError
 from . import cache, timer
-from .decide import DENSE, Choice, Timing, decide
+from .decide import DENSE, SEMI, Choice, Timing, decide
 from .hardware import cache_bytes, kernel_digest, kernel_status, processor
 from .layers import Layer, Run, candidates, multiply_adds, names
 from .shapes import Seen, make_input
@@ -89,6 +90,8 @@ class Bench:
         with torch.no_grad():
             found = [(self._ms(name, layer, seen, made), count) for seen, count in shapes.items()]
         # A candidate that failed at one shape is out at all.
+        algorithms = _algorithms([ms for ms, _ in found], shapes)
+        found = [(_without_algorithms(ms), count) for ms, count in found]
         common = [key for key in found[0][0] if all(key in ms for ms, _ in found)]
         timings = [
             Timing({key: ms[key] for key in common}, count, seen.rows)
@@ -99,6 +102,8 @@ class Bench:
         choice = decide(timings, every=every)
         if keep is not None:
             choice = decide_two(timings, choice, keep, every=every)
+        if SEMI in forms_of(choice.name):
+            choice = replace(choice, algorithms=algorithms)
         return replace(choice, rows=rows, multiply_adds=work)
 
     def notes(self) -> list[str]:
@@ -132,7 +137,9 @@ class Bench:
         else:
             known = self._measure(name, made(seen.bias, seen.rest), seen, layer)
             self.timed += 1
-            if known.keys() == set(names(layer)):  # a wrong candidate is looked at again next time
+            if _without_algorithms(known).keys() == set(
+                names(layer)
+            ):  # a wrong candidate is looked at again next time
                 cache.store(key, known)
         self._known[identity] = known
         return known
@@ -147,11 +154,12 @@ class Bench:
             right = self._right(name, runs, x)
             self._current = layer.weight
             try:
-                return timer.measure(
+                ms = timer.measure(
                     {key: functools.partial(runs[key], x) for key in right},
                     self._evict(device),
                     device=device,
                 )
+                return {_with_algorithm(key, runs[key]): value for key, value in ms.items()}
             finally:
                 self._current = None
 
@@ -188,6 +196,30 @@ class Bench:
             "bias": seen.bias,
             "rest": repr(seen.rest),
         }
+
+
+# Which algorithm a time is that of is part of its name, so that it is remembered with it.
+_AT = "@"
+
+
+def _with_algorithm(key: str, run: Run) -> str:
+    algorithm = getattr(run, "algorithm", None)
+    return key if algorithm is None else f"{key}{_AT}{algorithm}"
+
+
+def _without_algorithms(ms: Mapping[str, float]) -> dict[str, float]:
+    return {key.partition(_AT)[0]: value for key, value in ms.items()}
+
+
+def _algorithms(found: Iterable[Mapping[str, float]], shapes: Iterable[Seen]) -> tuple[int, ...]:
+    """Rows, algorithm, rows, algorithm ...: see `semi_structured.algorithm_for`."""
+    by_rows = {
+        seen.rows: int(number)
+        for ms, seen in zip(found, shapes, strict=True)
+        for _, at, number in (key.partition(_AT) for key in ms)
+        if at
+    }
+    return tuple(value for pair in sorted(by_rows.items()) for value in pair)
 
 
 def _line(error: Exception) -> str:

@@ -32,6 +32,7 @@ class Choice:
         multiply_adds: of the dense layer over all calls; 0 if nothing was measured.
         threshold: of two forms: inputs of up to so many rows use the first; else 0.
         dense_share: of two forms: the share of the multiply-adds that the dense one does.
+        algorithms: of semi-structured layers, see `semi_structured.algorithm_for`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Choice:
     multiply_adds: int = 0
     threshold: int = 0
     dense_share: float = 0.0
+    algorithms: tuple[int, ...] = ()
 
 
 def stays_dense(reason: str) -> Choice:

@@ -25,6 +25,7 @@ from ..ops.linear_prepacked import linear_prepacked
 from ..ops.linear_semi_structured import linear_semi_structured
 from ..ops.weight_copy import WeightCopy, can_prepack
 from ..pattern import Pattern
+from .algorithms import fastest_algorithm
 from .decide import DENSE, PACKED, PREPACKED, SEMI
 from .shapes import Seen
 
@@ -136,9 +137,7 @@ def _linears(layer: Layer, bias: bool) -> dict[str, Callable[[], Run]]:
         return lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m)
 
     def semi_structured() -> Run:
-        compressed, meta, _ = compress_weight(weight, layer.dim)
-        constants = outputs, inputs, weight.dtype
-        return lambda x: linear_semi_structured(x, compressed, meta, vector, *constants)
+        return SemiStructured(compress_weight(weight, layer.dim)[:2], vector, dense, weight)
 
     return {
         DENSE: lambda: dense,
@@ -146,6 +145,40 @@ def _linears(layer: Layer, bias: bool) -> dict[str, Callable[[], Run]]:
         PACKED: packed,
         SEMI: semi_structured,
     }
+
+
+class SemiStructured:
+    """A semi-structured layer that uses the library's fastest algorithm for its last input.
+
+    Attributes:
+        algorithm: its number, or None before the first input and where there is no choice.
+    """
+
+    algorithm: int | None = None
+
+    def __init__(
+        self, tensors: tuple[Tensor, Tensor], bias: Tensor | None, dense: Run, weight: Tensor
+    ) -> None:
+        self._tensors, self._bias, self._dense, self._dtype = tensors, bias, dense, weight.dtype
+        self._last: tuple[Any, ...] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last != (x.shape, x.stride(), x.dtype):
+            self._choose(x)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        chosen = () if self.algorithm is None else (1, self.algorithm)
+        return linear_semi_structured(
+            x, *self._tensors, self._bias, self._outputs, x.shape[-1], self._dtype, chosen
+        )
+
+    def _choose(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).to(self._dtype)  # what autocast does
+        expected = self._dense(rows)
+        self._outputs = expected.shape[-1]
+        self.algorithm = fastest_algorithm(rows, *self._tensors, self._bias, expected)
+        self._last = x.shape, x.stride(), x.dtype
 
 
 def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Callable[[], Run]]:
