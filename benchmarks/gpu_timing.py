@@ -35,6 +35,43 @@ def interleave(candidates: dict[str, Callable[[], object]], rounds: int) -> dict
     return {name: Timing(statistics.median(ms), min(ms), len(ms)) for name, ms in times.items()}
 
 
+def interleave_graphs(
+    candidates: dict[str, list[Callable[[], object]]], rounds: int
+) -> dict[str, Timing]:
+    """Times all candidates round-robin, each captured in a CUDA graph: what their kernels take.
+
+    Args:
+        candidates: each the same call on so many copies of its tensors that together they do not
+            fit into the cache; a graph runs them one after the other, and the time is that of one.
+        rounds: how often each graph is replayed.
+    """
+    graphs = {}
+    for name, calls in candidates.items():
+        calls[0]()  # the first call compiles
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+        graphs[name].replay()
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+    names = list(candidates)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            pair[0].record()
+            graphs[name].replay()
+            pair[1].record()
+            pairs.setdefault(name, []).append(pair)
+    torch.cuda.synchronize()
+    found = {}
+    for name, events in pairs.items():
+        ms = [a.elapsed_time(b) / len(candidates[name]) for a, b in events]
+        found[name] = Timing(statistics.median(ms), min(ms), len(ms))
+    return found
+
+
 def gpu() -> str:
     """The GPU, as in the names of the result files."""
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"

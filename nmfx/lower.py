@@ -17,12 +17,10 @@ folded by then stay folded.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
@@ -33,7 +31,6 @@ from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
 from .plan import make_plan
-from .tuning import timer
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
 from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
@@ -43,6 +40,7 @@ from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
 from .tuning.two_forms import check_keep
+from .tuning.whole import whole_ms
 
 _UNTIMED = "tune=False: every layer that can be packed or compressed is. Nothing was timed."
 _NOTHING_PACKED = (
@@ -50,8 +48,11 @@ _NOTHING_PACKED = (
     "folded (dense, with exact zeros)."
 )
 _ONE_COPY = "in place, prepacked dense is no candidate: it would keep every weight twice"
+_IN_GRAPHS = (
+    "that was in eager mode, where the host launches every kernel; if it is to run in CUDA graphs, "
+    "lower it with cuda_graph=True"
+)
 _NOT_LINEAR = "one copy: only linear layers that are traced hold two forms"
-_WHOLE_BUDGET_S = 1.0
 
 
 def lower(
@@ -61,6 +62,7 @@ def lower(
     inplace: bool = False,
     tune: bool = True,
     keep: Sequence[str] | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """An inference model in which each N:M layer has the form that is fastest on this machine.
 
@@ -98,6 +100,10 @@ def lower(
             where that is possible).
         keep: two of "packed", "semi_structured" and "dense", in any order; None keeps one form.
             Give example inputs with few and with many rows.
+        cuda_graph: the model will run in CUDA graphs (`torch.compile(mode="reduce-overhead")`, or
+            captures of your own), where launching a kernel costs the host nothing: the whole
+            model is timed as one, too. In eager mode sparse layers take the host longer to launch
+            than dense ones, and a model of small layers then stays dense. Needs example inputs.
 
     Returns:
         The lowered model: a deep copy, or `model`.
@@ -110,6 +116,10 @@ def lower(
     """
     check_keep(keep, tune)
     calls = parse_calls(example_inputs)
+    if cuda_graph and not (calls and tune):
+        raise NMError(
+            "cuda_graph=True times a CUDA graph of the example inputs: give some, and tune"
+        )
     check_classes(model)
     make_plan(model)  # refuse before a copy is made
     model = model if inplace else copy.deepcopy(model)
@@ -127,10 +137,10 @@ def lower(
         try:
             bake(model)
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
-            dense_ms = _whole(model, calls) if tune and targets else None
+            dense_ms = whole_ms(model, calls, cuda_graph) if tune and targets else None
             fusing.fold_norms(targets)
             undo = Undo(targets)
-            job = _Job(model, calls, expected, targets, undo, fusing, inplace, keep)
+            job = _Job(model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph)
             notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
                 if keep is not None and candidate.capture == "scoped":
@@ -159,6 +169,7 @@ class _Job:
     fusing: Fusing
     inplace: bool
     keep: Sequence[str] | None
+    cuda_graph: bool
 
 
 def _pack_all(job: _Job) -> list[str]:
@@ -197,15 +208,17 @@ def _tune(job: _Job, dense_ms: float | None) -> list[str]:
     job.fusing.fuse_activations(job.targets)
     _check(job)
     notes = [] if job.calls else [ASSUMED]
-    lowered_ms = _whole(job.model, job.calls)
+    lowered_ms = whole_ms(job.model, job.calls, job.cuda_graph)
     if dense_ms is not None and lowered_ms is not None:
         ratio = dense_ms / lowered_ms
-        notes.append(
-            f"whole model: dense {dense_ms:.3f} ms, lowered {lowered_ms:.3f} ms ({ratio:.2f}x)"
-        )
+        where = " in a CUDA graph" if job.cuda_graph else ""
+        times = f"dense {dense_ms:.3f} ms, lowered {lowered_ms:.3f} ms ({ratio:.2f}x)"
+        notes.append(f"whole model{where}: {times}")
         if ratio * (1 + TIE) < 1 and any(c.name != DENSE for c in choices.values()):
             if _is_slower(job, lowered_ms):
                 notes.append("lowered, the whole model is slower than dense, so it stays dense")
+                if not job.cuda_graph and any(t.device.type == "cuda" for t in choices):
+                    notes.append(_IN_GRAPHS)
                 choices = {target: _kept(choice) for target, choice in choices.items()}
             else:
                 for target, choice in choices.items():
@@ -276,22 +289,6 @@ def _check(job: _Job) -> None:
             compare_outputs(job.expected[number], output, number)
 
 
-def _whole(model: nn.Module, calls: list[Call]) -> float | None:
-    """Milliseconds of all calls together, or None without calls."""
-    if not calls:
-        return None
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    waits = {tensor.device for tensor in tensors if tensor.is_cuda}
-
-    def run() -> None:
-        run_calls(model, calls)
-        for device in waits:
-            torch.cuda.synchronize(device)
-
-    runs = {"model": run}
-    return timer.measure(runs, budget_s=_WHOLE_BUDGET_S)["model"]
-
-
 def _is_slower(job: _Job, lowered: float) -> bool:
     """Undoes everything and asks again: the machine may have been slow for a moment.
 
@@ -300,5 +297,5 @@ def _is_slower(job: _Job, lowered: float) -> bool:
     job.fusing.undo()
     job.undo()
     bake(job.model)  # and the guards over packed layers
-    again = _whole(job.model, job.calls)
+    again = whole_ms(job.model, job.calls, job.cuda_graph)
     return again is not None and lowered > again * (1 + TIE)

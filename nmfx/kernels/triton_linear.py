@@ -1,12 +1,11 @@
 """nmfx::linear_nm on GPUs for any N:M, in Triton's language; `triton_packed.py` starts this.
 
-A program computes some outputs of all rows, over one part of the columns. Where one part is enough
-it finishes them itself; else `finish` adds the parts in order, so results do not depend on which
-program comes first. Two ways (a third, for 2:4 and 1:4, is in `triton_sparse.py`):
-
-    gather    up to 8 rows: every kept weight fetches its activations by address
-    expand    up to 64 rows: N:M groups become dense tiles in registers, which tensor cores
-              multiply; each warp takes its own slice of the columns
+A program of `gather` computes 16 outputs of up to 8 rows, over one part of the columns: every kept
+weight fetches its activations by address. Where one part is enough it finishes them itself; else
+`finish` adds the parts in order, so results do not depend on which program comes first.
+`unpack` writes the dense weight for a product with many rows. For 2:4 and 1:4 there is a faster
+way, in `triton_sparse.py`; a third, which made dense tiles of groups in registers for tensor cores,
+was slower than dense on an H200 and is gone.
 """
 
 import triton
@@ -57,7 +56,7 @@ def gather(
 ):
     """One block of 16 outputs of up to ROWS rows, over one part of the words."""
     PER: tl.constexpr = 32 // BITS
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part, above = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
     # One dimension, so that all loads get one layout and no barrier is needed: the words of its
     # outputs, which 16 bytes hold 4 of, every thread loads for itself.
     i = tl.arange(0, WORDS * PER * 16)
@@ -78,7 +77,7 @@ def gather(
         column = slot // N * M + ((bits >> shift) & ((1 << BITS) - 1))
         result = ()
         for row in tl.static_range(ROWS):
-            at = x + tl.minimum(rows - 1, row) * columns + column
+            at = x + tl.minimum(rows - 1, above + row) * columns + column
             if EVEN:
                 inputs = tl.load(at)
             else:
@@ -91,12 +90,14 @@ def gather(
     for row in tl.static_range(ROWS):
         y = tl.sum(tl.reshape(total[row], [WORDS * PER, 16]), axis=0)
         if SPLIT:
-            tl.store(sums + (part * ROWS + row) * outputs + output, y, mask=exists)
+            at = (part * tl.num_programs(2) * ROWS + above + row) * outputs + output
+            tl.store(sums + at, y, mask=exists)
         else:
             if BIAS:
                 y += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
             y = activate(y, ACTIVATION).to(out.dtype.element_ty)
-            tl.store(out + row * outputs + output, y, mask=exists & (row + 0 * output < rows))
+            exists &= above + row + 0 * output < rows
+            tl.store(out + (above + row) * outputs + output, y, mask=exists)
 
 
 @triton.jit
@@ -148,73 +149,6 @@ def _four_places(
         d2 = high.to(tl.uint16).to(kind, bitcast=True)
         d3 = (high >> 16).to(tl.uint16).to(kind, bitcast=True)
     return tl.join(tl.join(d0, d2), tl.join(d1, d3))  # the last axis counts in steps of 2
-
-
-@triton.jit
-def expand(
-    x,
-    values,
-    index,
-    bias,
-    out,
-    sums,
-    rows,
-    slots,
-    words,
-    outputs,
-    columns,
-    per_part,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SLICES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """16 outputs of up to ROWS rows, over one part of the groups; SLICES is the number of warps."""
-    block, part = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, 16)
-    at_values = block.to(tl.int64) * (slots * 16) + lane[None, None, :]
-    at_words = block.to(tl.int64) * (words * 16) + lane[None, None, :]
-    groups = columns // M
-    # (group, slice, output): in this order the compiler gives each warp a slice.
-    slice = tl.arange(0, SLICES)[None, :, None] * GROUPS
-    each = tl.arange(0, 4 * GROUPS)[None, None, :]
-    row = tl.arange(0, ROWS)[:, None, None]
-    total = tl.zeros([SLICES, 16, ROWS], tl.float32)
-    end = tl.minimum((part + 1) * per_part, groups)
-    for begin in range(part * per_part, end, SLICES * GROUPS):
-        group = begin + slice + tl.arange(0, GROUPS)[:, None, None]
-        exists = (group < groups) & (lane >= 0)[None, None, :]
-        for quad in tl.static_range((M + 3) // 4):
-            dense = _four_places(
-                values, index, at_values, at_words, group, exists,
-                [GROUPS, SLICES, 16], 4 * quad, N, BITS, M, EVEN,
-            )  # fmt: skip
-            matrix = tl.reshape(tl.permute(dense, [1, 2, 0, 3, 4]), [SLICES, 16, 4 * GROUPS])
-            if M == 4:  # which shows the compiler that columns are adjacent
-                column = begin * 4 + slice * 4 + each
-            else:
-                column = (begin + slice + each // 4) * M + 4 * quad + each % 4
-            # Places past M, where 4 does not divide it, meet zeros of the input.
-            real = (begin + slice + each // 4 < groups) & (4 * quad + each % 4 < M)
-            inputs = tl.load(x + row * columns + column, mask=(row < rows) & real, other=0.0)
-            inputs = tl.permute(inputs, [1, 2, 0])
-            total = tl.dot(matrix, inputs, total, input_precision="ieee")
-    y = tl.trans(tl.sum(total, axis=0))
-    output, row = (block * 16 + lane)[None, :], tl.arange(0, ROWS)[:, None]
-    exists = output < outputs
-    if SPLIT:
-        tl.store(sums + (part * ROWS + row) * outputs + output, y, mask=exists)
-    else:
-        if BIAS:
-            y += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
-        y = activate(y, ACTIVATION).to(out.dtype.element_ty)
-        tl.store(out + row * outputs + output, y, mask=exists & (row < rows))
 
 
 @triton.jit

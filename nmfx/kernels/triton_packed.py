@@ -1,11 +1,10 @@
 """nmfx::linear_nm on GPUs for few rows: chooses and starts the kernels.
 
-    2:4, 1:4, 16-bit, 8.0 and later    up to 64 rows    sparse (triton_sparse.py)
-    any N:M                            up to 8 rows     gather (triton_linear.py)
-                                       up to 64 rows    expand (triton_linear.py)
+    2:4, 1:4 of 16 bits, NVIDIA 8.0 and later    up to 64 rows    sparse (triton_sparse.py)
+    any N:M                                      up to 16 rows    gather (triton_linear.py)
+    more rows                                    unpack, then a dense product
 
-Sizes of tiles and parts are those that were fastest on an H200, see `_parts` and
-`benchmarks/results/gpu_linear_nvidia-h200_202611.md`.
+Sizes of tiles and parts are those that were fastest on an H200, see `_warps` and `_parts`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import index_bits
+from .. import packing
+from ..pattern import Pattern
 from . import triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_ROWS = 64  # of the input; more are for a dense product with the unpacked weight
 
-_GATHERED_ROWS = 8
+# Of the input; more are for a dense product with the unpacked weight.
+_SPARSE_ROWS = 64
+_GATHERED_ROWS = 16
+
+_ROWS_AT_ONCE = 8
 _FINISH = 256
 _UNPACKED_GROUPS = 32
+_MOST_UNROLLED = 64  # steps of `unpack`, which its compiler takes seconds for
 
 
 def why_not(values: Tensor, m: int) -> str | None:
@@ -41,9 +45,15 @@ def status(device: torch.device) -> str:
     if reason is not None:
         return f"packed layers are unpacked at every call: {reason}"
     return (
-        f"packed layers run Triton kernels for up to {MOST_ROWS} rows (2:4 and 1:4 of 16 bits on "
-        f"sparse tensor cores), and are unpacked at every call for more"
+        f"packed layers run Triton kernels for up to {_GATHERED_ROWS} rows (2:4 and 1:4 of 16 "
+        f"bits for up to {_SPARSE_ROWS}, on sparse tensor cores), and are unpacked at every call "
+        f"for more"
     )
+
+
+def most_rows(values: Tensor, n: int, m: int) -> int:
+    """For how many rows `linear` is; more are for `unpack` and a dense product."""
+    return _SPARSE_ROWS if uses_sparse_cores(values, n, m) else _GATHERED_ROWS
 
 
 def uses_sparse_cores(values: Tensor, n: int, m: int) -> bool:
@@ -69,7 +79,7 @@ def linear(
     """activation(input W^T + bias), summed in float32.
 
     Args:
-        input: (rows, columns), 1 to `MOST_ROWS` rows, the dtype of `values`.
+        input: (rows, columns), 1 to `most_rows` rows, the dtype of `values`.
         values, index: the packed (outputs, columns) weight, see `nmfx.packing`.
         bias: (outputs,) or None, any strides.
         outputs: rows of the dense weight.
@@ -85,10 +95,8 @@ def linear(
         return out
     if uses_sparse_cores(values, n, m):
         kernel, sizes = _sparse, sparse_constants(n, rows)
-    elif rows <= _GATHERED_ROWS:
-        kernel, sizes = _gather, gather_constants(n, m, rows)
     else:
-        kernel, sizes = _expand, expand_constants(n, m, rows)
+        kernel, sizes = _gather, gather_constants(n, m, rows)
     vector = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(values):
         kernel(input, values, index, vector, out, sizes, activation)
@@ -96,7 +104,9 @@ def linear(
 
 
 def unpack(values: Tensor, index: Tensor, outputs: int, columns: int, n: int, m: int) -> Tensor:
-    """The dense (outputs, columns) weight of 16 or 32 bits; `nmfx.packing.unpack`, bit for bit."""
+    """The dense (outputs, columns) weight; `nmfx.packing.unpack`, bit for bit."""
+    if n * -(-m // 4) > _MOST_UNROLLED:
+        return packing.unpack(values, index, outputs, columns, Pattern(n, m))
     from . import triton_linear as kernels
 
     out = values.new_empty(outputs, columns)
@@ -107,7 +117,7 @@ def unpack(values: Tensor, index: Tensor, outputs: int, columns: int, n: int, m:
                 *(values, index, out, values.shape[1], index.shape[1], outputs, columns),
                 N=n,
                 M=m,
-                BITS=index_bits(m),
+                BITS=packing.index_bits(m),
                 GROUPS=_UNPACKED_GROUPS,
                 EVEN=groups % _UNPACKED_GROUPS == 0,
             )
@@ -121,15 +131,10 @@ def sparse_constants(n: int, rows: int) -> dict[str, int]:
 
 def gather_constants(n: int, m: int, rows: int) -> dict[str, int]:
     """What `gather` is compiled for: the pattern, and 8 values per thread of 8 warps."""
-    bits = index_bits(m)
-    sizes = {"N": n, "M": m, "BITS": bits, "ROWS": 1 << (rows - 1).bit_length()}
-    return sizes | {"WORDS": 8 * 32 * 8 // (16 * (32 // bits)), "num_warps": 8}
-
-
-def expand_constants(n: int, m: int, rows: int) -> dict[str, int]:
-    """What `expand` is compiled for; a warp multiplies 64 columns at a time."""
-    sizes = {"N": n, "M": m, "BITS": index_bits(m), "ROWS": max(8, 1 << (rows - 1).bit_length())}
-    return sizes | {"GROUPS": 16, "SLICES": 4, "num_warps": 4}
+    bits = packing.index_bits(m)
+    height = min(_ROWS_AT_ONCE, 1 << (rows - 1).bit_length())
+    sizes = {"N": n, "M": m, "BITS": bits, "ROWS": height}
+    return sizes | {"WORDS": 8 * 32 * 8 // (16 * (32 // bits)), "num_warps": 8, "num_stages": 1}
 
 
 def _sparse(
@@ -180,38 +185,14 @@ def _gather(
 
     rows, columns = input.shape
     slots, words = values.shape[1], index.shape[1]
-    parts, per_part = _parts(8 * len(values), words, sizes["WORDS"], values.device)
-    end = _Ending(out, bias, activation, parts, sizes["ROWS"])
-    kernels.gather[(len(values), parts)](
+    heights = -(-rows // sizes["ROWS"])
+    parts, per_part = _parts(8 * len(values) * heights, words, sizes["WORDS"], values.device)
+    end = _Ending(out, bias, activation, parts, heights * sizes["ROWS"])
+    kernels.gather[(len(values), parts, heights)](
         *(input.contiguous(), values, index, end.bias, out, end.sums),
         *(rows, slots, words, out.shape[1], columns, per_part),
         **sizes,
         EVEN=slots == words * (32 // sizes["BITS"]) and words % sizes["WORDS"] == 0,
-        **end.constants,
-    )
-    end.finish()
-
-
-def _expand(
-    input: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    sizes: dict[str, int],
-    activation: str,
-) -> None:
-    from . import triton_linear as kernels
-
-    rows, columns = input.shape
-    groups, step = columns // sizes["M"], sizes["GROUPS"] * sizes["SLICES"]
-    parts, per_part = _parts(4 * len(values), groups, step, values.device)
-    end = _Ending(out, bias, activation, parts, sizes["ROWS"])
-    kernels.expand[(len(values), parts)](
-        *(input.contiguous(), values, index, end.bias, out, end.sums),
-        *(rows, values.shape[1], index.shape[1], out.shape[1], columns, per_part),
-        **sizes,
-        EVEN=groups % step == 0,
         **end.constants,
     )
     end.finish()

@@ -58,8 +58,8 @@ def linear(
     if triton_packed.why_not(values, pattern[1]):
         return _forward(*call)
     _check(*call)
-    if input.numel() // max(1, in_features) > triton_packed.MOST_ROWS:
-        n, m, activation = pattern
+    n, m, activation = pattern
+    if input.numel() // max(1, in_features) > triton_packed.most_rows(values, n, m):
         weight = triton_packed.unpack(values, index, out_features, in_features, n, m)
         return ACTIVATIONS[activation](F.linear(input, weight, bias))
     flat = input.reshape(-1, in_features)
