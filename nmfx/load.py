@@ -34,7 +34,8 @@ def load(
 
     `into` is the dense model as its code builds it, with any weights or on the meta device; also
     one that is sparsified like the saved one, to continue training. Of a lowered model each layer
-    gets the form that was chosen when it was lowered; nothing is measured again.
+    gets the form that was chosen when it was lowered, on whatever machine that was; nothing is
+    measured again. `nmfx.lower(nmfx.fold(model), x)` does so, for this machine.
 
     Parameters that stay dense keep their identity and device, and get the values. A layer that was
     packed loses its dense weight. What was attached to an optimizer stays so. Buffers that are in

@@ -84,7 +84,8 @@ def lower(
         The lowered model: a deep copy, or `model`.
 
     Raises:
-        NMError: no weight is N:M sparse, a weight on the meta device, or outputs that differ.
+        NMError: no weight is N:M sparse, all of them are lowered already (`nmfx.fold` takes that
+            back), a weight on the meta device, or outputs that differ.
             With `inplace`, an error or interruption after the example inputs have run once leaves
             a whole folded model; in all other cases nothing is changed.
     """

@@ -55,6 +55,8 @@ class Site:
         activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
         dtype: of a semi-structured weight, whose tensors are bytes; else None.
         format: what those bytes are, see `nmfx.kernels.semi_structured.format_of`; else "".
+        order: of a lowered weight: the parameters of its owner as they stood before, by name.
+        requires_grad: of a lowered weight: what the parameter was set to.
     """
 
     path: str
@@ -71,6 +73,8 @@ class Site:
     activation: str = "none"
     dtype: torch.dtype | None = None
     format: str = ""
+    order: tuple[str, ...] = ()
+    requires_grad: bool = True
 
     @property
     def lowered(self) -> bool:

@@ -214,7 +214,7 @@ def multiply(
             return F.linear(input, decompress(compressed, meta, out, into, input.dtype), bias)
         raise NMError(
             f"a weight that cuSPARSELt compressed runs on the GPU it was compressed on, and is now "
-            f"on {input.device}: move the model back, or lower the dense model for {input.device}"
+            f"on {input.device}: move the model back; there, nmfx.fold(model) makes it dense again"
         )
     compressed = _aligned(compressed).view(input.dtype)
     backend = CUTLASS if meta.numel() else CUSPARSELT
