@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from ..errors import NMError
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
-from .packed import check_weight, packed_weight_shapes
+from .packed import check_compressed, check_weight, packed_weight_shapes
 
 
 @dataclass
@@ -234,7 +234,8 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
         state_dict, prefix: with the names that the host of the sites has there.
 
     Raises:
-        NMError: an index outside its group, and all else that `check_packed` finds.
+        NMError: an index outside its group, and all else that `check_packed` and `check_cutlass`
+            find.
     """
     for site in store.__dict__.get(SITES, ()):
         if site.state == "semi_structured":
@@ -269,6 +270,13 @@ def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
             f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "
             f"dense model here"
         )
+    if len(given) == len(names):
+        assert site.dtype is not None
+        own = site.shape, site.dim, site.dtype, site.pattern, site.format
+        try:
+            check_compressed(given[0], given[1], *own)
+        except NMError as error:
+            raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
 
 
 def marks_of(module: nn.Module) -> dict[str, Any]:

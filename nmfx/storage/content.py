@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..capture.packed import check_weight
+from ..capture.packed import check_compressed, check_weight
 from ..capture.site import compressed_names, format_name, packed_names
 from ..errors import NMError
 from ..mask import is_nm
@@ -87,6 +87,9 @@ def _check_layer(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None
         text = bytes(tensors[format_name(name)].flatten().tolist()).decode("latin1")
         if text != layer.format:
             raise NMError(f"it is called {layer.format!r} and {text!r}")
+        assert layer.dtype is not None  # see above
+        pair = tensors[compressed_names(name)[0]], tensors[compressed_names(name)[1]]
+        check_compressed(*pair, shape, layer.dim, layer.dtype, layer.pattern, layer.format)
         return
     weight = tensors[name]
     if tuple(weight.shape) != shape:
