@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
-from .capture.site import NOTES, SiteRef, iter_sites, marks_of, sites_of
+from .capture.site import MADE_ON, NOTES, SiteRef, iter_sites, marks_of, sites_of
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project
@@ -54,7 +54,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     snapshot, begun = Snapshot(model), list[str]()
     try:
         make_dense(model)
-        marks_of(model).pop(NOTES, None)
+        for key in (NOTES, MADE_ON):
+            marks_of(model).pop(key, None)
         bake(model, begun)
     except BaseException:  # Ctrl-C too
         if begun:  # pruned weights are lost, so the way out is forward

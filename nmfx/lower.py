@@ -27,7 +27,16 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, join, marks_of, stored_names
+from .capture.site import (
+    MADE_ON,
+    MEASURED,
+    NOTES,
+    SKIPPED,
+    iter_sites,
+    join,
+    marks_of,
+    stored_names,
+)
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -115,6 +124,7 @@ def lower(
             for candidate, reason in plan.dense:
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
             marks_of(model)[NOTES] = tuple(notes)
+            marks_of(model).pop(MADE_ON, None)
         except BaseException:  # Ctrl-C too
             fusing.undo()
             if undo is not None:

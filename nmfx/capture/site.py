@@ -15,6 +15,7 @@ attributes, in its `meta`:
         _nmfx_skipped      {parameter below the host: reason}
         _nmfx_measured     {parameter below the host: (rows, ms dense, ms chosen)}
         _nmfx_notes        of a whole lowered model: (line of its report, ...)
+        _nmfx_made_on      of a whole loaded model: the machine that it was lowered on
         _nmfx_folded       (parameter below the host, ...): a batch norm was folded into it
         _nmfx_replaces     of an nn.Identity: "BatchNorm2d", "relu", what stood in its place
 """
@@ -91,6 +92,7 @@ SITES = "_nmfx_sites"
 SKIPPED = "_nmfx_skipped"
 MEASURED = "_nmfx_measured"
 NOTES = "_nmfx_notes"  # on a lowered model: what `lower` found out about all of it
+MADE_ON = "_nmfx_made_on"
 COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
 REPLACES = "_nmfx_replaces"
 FOLDED = "_nmfx_folded"
@@ -162,7 +164,7 @@ def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
         store: where the sites are.
         but: the sites that stay, for a store that must have a list of them at any moment.
     """
-    kept = [SKIPPED, MEASURED, NOTES, REPLACES, FOLDED]
+    kept = [SKIPPED, MEASURED, NOTES, MADE_ON, REPLACES, FOLDED]
     if but is not None:
         store.__dict__[SITES] = but
         kept.append(SITES)

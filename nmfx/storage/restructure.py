@@ -25,6 +25,7 @@ from ..capture.lowering import Target
 from ..capture.neighbours import NORMS
 from ..capture.site import (
     FOLDED,
+    MADE_ON,
     MEASURED,
     NOTES,
     REPLACES,
@@ -325,6 +326,7 @@ def _remark(model: nn.Module, spec: Spec) -> None:
             marks_of(c.host).setdefault(SKIPPED, {})[c.path] = spec.reasons[c.name]
         if c.name in spec.measured:
             marks_of(c.host).setdefault(MEASURED, {})[c.path] = spec.measured[c.name]
-    marks_of(model).pop(NOTES, None)
-    if spec.notes:
-        marks_of(model)[NOTES] = spec.notes
+    for key, value in ((NOTES, spec.notes), (MADE_ON, spec.made_on)):
+        marks_of(model).pop(key, None)
+        if value:
+            marks_of(model)[key] = value
