@@ -14,8 +14,8 @@ relative norm of the difference from the dense model run eager, of dense and of 
 Llama has Llama-3.2-1B's shapes with 8192 tokens of vocabulary: a prompt of 2048 tokens, or one
 token against a static key-value cache of 512 tokens, and the logits of the last token.
 
-Where nmfx.lower finds the whole model slower, run eager, and so keeps it dense, the lines show (with
-a *) what nmfx.lower(cuda_graph=True) gives instead: only modes with graphs are what that is for.
+Where nmfx.lower finds the whole model slower, run eager, and so keeps it dense, the lines have a *
+and show what nmfx.lower(cuda_graph=True) gives instead: of these only the modes with graphs count.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
-from .capture.site import SiteRef, iter_sites, sites_of
+from .capture.site import MADE_ON, NOTES, SiteRef, iter_sites, marks_of, sites_of
+from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project
 from .schedule import site_mask
 from .sparsify import restore
+from .storage.snapshot import Snapshot
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -21,32 +23,67 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Pruned weights become exactly +0.0, kept ones stay bit for bit; classes and graphs are the
     original ones, so ONNX, TensorRT, Hugging Face and torch.export see an ordinary model.
 
+    A lowered model is taken back: packed and compressed weights become dense parameters again, bit
+    for bit, and activations that moved into layers stand behind them once more (in a graph as
+    functions of torch.nn.functional, as do the layers whose weights the graph reads itself). So
+    `nmfx.lower(nmfx.fold(fast), x)` tunes a lowered or loaded model again, and `nmfx.fold(fast)`
+    goes to any device. Batch norms that were folded into convolutions stay folded: their tensors
+    are gone, and the `nn.Identity` in their place remains.
+
     Args:
-        model: a sparsified model.
-        inplace: fold `model` itself, reusing its memory; its parameters stay the same objects.
+        model: a sparsified model, a lowered one, or one that is both in parts.
+        inplace: fold `model` itself, reusing its memory; its parameters stay the same objects. An
+            error or interruption leaves it as it was, or folded.
 
     Returns:
         The folded model: a deep copy, or `model`.
 
     Raises:
-        NMError: no sparsified layer, or one that is on the meta device. Nothing is changed then.
+        NMError: no sparsified or lowered layer; one that is on the meta device; one that cuSPARSELt
+            compressed, away from its GPU; a part of a lowered model, whose activations are in
+            another part. Nothing is changed then.
     """
-    refs = sites_of(model, "fold")
+    if not isinstance(model, nn.Module) or not any(iter_sites(model)):
+        sites_of(model, "fold")  # tells what is wrong
     check_classes(model)
-    for ref in refs:
-        if ref.parameter.is_meta:
+    lowered_sites(model)  # refuse before a copy is made
+    for ref in iter_sites(model):
+        if not ref.site.lowered and ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
     model = model if inplace else copy.deepcopy(model)
-    bake(model)
+    snapshot, begun = Snapshot(model), list[str]()
+    try:
+        make_dense(model)
+        for key in (NOTES, MADE_ON):
+            marks_of(model).pop(key, None)
+        bake(model, begun)
+    except BaseException:  # Ctrl-C too
+        if begun:  # pruned weights are lost, so the way out is forward
+            bake(model)
+        else:
+            snapshot.restore()
+        raise
     return model
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> None:
-    """Writes the masks into all weights that are not lowered, and restores their modules."""
-    for ref in iter_sites(model):
-        if not ref.site.lowered:
-            ref.parameter.copy_(masked_weight(ref))
+def bake(model: nn.Module, begun: list[str] | None = None) -> None:
+    """Writes the masks into all weights that are not lowered, and restores their modules.
+
+    Called again after an interruption, it does the rest.
+
+    Args:
+        model: to be changed.
+        begun: gets the names of weights before they are written to.
+    """
+    refs = [ref for ref in iter_sites(model) if not ref.site.lowered]
+    # The largest first: if memory for its mask is there, so it is for all others.
+    for ref in sorted(refs, key=lambda ref: ref.parameter.nbytes, reverse=True):
+        masked = masked_weight(ref)
+        if begun is not None:
+            begun.append(ref.name)
+        ref.parameter.copy_(masked)
+        del masked  # before the next one is made
     restore(model)
 
 

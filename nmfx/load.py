@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
-from .capture.site import NOTES, iter_sites, marks_of, move_state
+from .capture.site import iter_sites, move_state
 from .errors import NMError
 from .mask import same_values
 from .save import uncompiled
 from .storage.content import all_names, check_content, read_spec
-from .storage.describe import machine
 from .storage.files import Source, open_model
 from .storage.restructure import restructure
 from .storage.snapshot import Snapshot
@@ -34,7 +33,8 @@ def load(
 
     `into` is the dense model as its code builds it, with any weights or on the meta device; also
     one that is sparsified like the saved one, to continue training. Of a lowered model each layer
-    gets the form that was chosen when it was lowered; nothing is measured again.
+    gets the form that was chosen when it was lowered, on whatever machine that was; nothing is
+    measured again. `nmfx.lower(nmfx.fold(model), x)` does so, for this machine.
 
     Parameters that stay dense keep their identity and device, and get the values. A layer that was
     packed loses its dense weight. What was attached to an optimizer stays so. Buffers that are in
@@ -73,7 +73,6 @@ def _load(path: str | os.PathLike[str], model: nn.Module, device: torch.device |
     try:
         if spec is not None:
             restructure(model, spec, named, place)
-            _note_machine(model, spec)
         pending = _match(source, model, dict(named), complete=spec is not None)
         plan = pending, _fresh(pending, place)
         _finish(model, *plan)
@@ -221,12 +220,3 @@ def _finish(model: nn.Module, pending: list[_Pending], fresh: Mapping[int, Tenso
     for ref in iter_sites(model):
         if not ref.site.lowered:
             move_state(ref.store, functools.partial(torch.Tensor.to, device=ref.parameter.device))
-
-
-def _note_machine(model: nn.Module, spec: Spec) -> None:
-    here = machine(next((t.device for t in model.buffers()), torch.device("cpu")))
-    if spec.made_on and spec.made_on != here:
-        marks_of(model)[NOTES] = (
-            *marks_of(model).get(NOTES, ()),
-            f"its kernels were chosen on {spec.made_on}; this is {here}",
-        )

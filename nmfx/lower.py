@@ -26,7 +26,16 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
-from .capture.site import MEASURED, NOTES, SKIPPED, iter_sites, join, marks_of, stored_names
+from .capture.site import (
+    MADE_ON,
+    MEASURED,
+    NOTES,
+    SKIPPED,
+    iter_sites,
+    join,
+    marks_of,
+    stored_names,
+)
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -109,8 +118,9 @@ def lower(
         The lowered model: a deep copy, or `model`.
 
     Raises:
-        NMError: no weight is N:M sparse, a weight on the meta device, a `keep` that does not name
-            two forms or comes with `tune=False`, or outputs that differ.
+        NMError: no weight is N:M sparse, all of them are lowered already (`nmfx.fold` takes that
+            back), a weight on the meta device, a `keep` that does not name two forms or comes with
+            `tune=False`, a `cuda_graph` that cannot be timed, or outputs that differ.
             With `inplace`, an error or interruption after the example inputs have run once leaves
             a whole folded model; in all other cases nothing is changed.
     """
@@ -147,6 +157,7 @@ def lower(
                     reason = f"{reason}; {_NOT_LINEAR}"
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
             marks_of(model)[NOTES] = tuple(notes)
+            marks_of(model).pop(MADE_ON, None)
         except BaseException:  # Ctrl-C too
             fusing.undo()
             if undo is not None:

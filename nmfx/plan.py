@@ -50,7 +50,7 @@ def make_plan(model: nn.Module) -> Plan:
     """Sorts all weights of a model that are not lowered yet; changes nothing.
 
     Raises:
-        NMError: no weight of the model is N:M sparse, or one is on the meta device.
+        NMError: no weight of the model is N:M sparse and not lowered, or one is on the meta device.
     """
     refs = {ref.name: ref for ref in iter_sites(model)}
     plan = Plan([], [])
@@ -68,6 +68,11 @@ def make_plan(model: nn.Module) -> Plan:
             plan.dense.append((candidate, _for_report(candidate, ref, reason)))
     if not any_sparse:
         name, dense = type(model).__name__, plan.dense
+        if any(ref.site.lowered for ref in refs.values()):
+            raise NMError(
+                f"nmfx.lower: {name} is lowered already, and no other weight of it is N:M sparse; "
+                f"nmfx.lower(nmfx.fold(model), x) measures again and chooses anew"
+            )
         raise NMError(
             f"nmfx.lower: no weight of {name} is N:M sparse"
             + (f"; the first of {len(dense)}, {dense[0][0].name}: {dense[0][1]}" if dense else "")

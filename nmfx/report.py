@@ -20,11 +20,21 @@ from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
-from .capture.site import COPY, MEASURED, NOTES, SKIPPED, get_path, marks_of, stored_names
+from .capture.site import (
+    COPY,
+    MADE_ON,
+    MEASURED,
+    NOTES,
+    SKIPPED,
+    get_path,
+    marks_of,
+    stored_names,
+)
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
 from .pattern import Pattern
+from .tuning.hardware import machine
 
 
 @dataclass(frozen=True)
@@ -224,10 +234,22 @@ def report(model: nn.Module) -> Report:
         raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
     candidates = list(find_candidates(model))
     rows = tuple(_row(candidate) for candidate in candidates)
-    notes = list(marks_of(model).get(NOTES, ()))
+    notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
     return Report(rows, (*notes, *_plain_masks(candidates)))
+
+
+def _moved(model: nn.Module) -> Iterator[str]:
+    """Whether a loaded model was lowered on another machine than this, or for more threads."""
+    made_on = marks_of(model).get(MADE_ON)
+    if made_on is not None:
+        here = machine(next((buffer.device for buffer in model.buffers()), torch.device("cpu")))
+        if made_on != here:
+            yield (
+                f"its kernels were chosen on {made_on}; this is {here}: "
+                f"nmfx.lower(nmfx.fold(model), x) chooses anew"
+            )
 
 
 def _plain_masks(candidates: list[Candidate]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 import nmfx
 from nmfx.__main__ import main
 from nmfx.demo import digits, figure, table
-from nmfx.demo.command import add_options, make_plan
+from nmfx.demo.command import GRID, add_options, make_plan
 from nmfx.demo.meter import FLIPS_EVERY, Packed
 from nmfx.demo.rows import Row, spread
 from nmfx.demo.study import Plan, Study
@@ -52,6 +53,18 @@ def test_quick_demo_prints_the_table_and_draws_the_picture(tmp_path):
     assert picture.shape[1] > 800, picture.shape
     colours = torch.from_numpy(picture[..., :3]).flatten(0, 1).mul(255).int().unique(dim=0)
     assert len(colours) > 50, f"a nearly empty picture: {len(colours)} colours"
+
+
+def test_quick_demo_prints_one_json_document_and_progress_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "nmfx", "demo", "--quick", "--workers", "1", "--seeds", "1"]
+    path = {**os.environ, "PYTHONPATH": str(Path(nmfx.__file__).parents[1])}  # also uninstalled
+    command += ["--json", "--steps", "20"]
+    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["method"] for row in found["rows"]] == METHODS, found
+    assert (tmp_path / found["picture"]).stat().st_size > 1000
+    assert "9/9" in done.stderr, f"no finished progress bar: {done.stderr}"
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
@@ -245,6 +258,39 @@ def test_table_shows_means_and_spreads_in_80_columns():
     assert max(map(len, text.splitlines()[:12])) <= 80
     for words in ("71.00 +- 1.41", "60.50 +- 0.71", "1.00e-03", "0.125", "50.00 %", "0.003"):
         assert words in text, f"{words} is missing:\n{text}"
+
+
+def test_json_holds_the_numbers_of_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("nmfx.demo.command.run_study", lambda plan: made_up_study())
+    main(["demo", "--json", "--out", str(tmp_path / "picture.png")])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["task"], found["steps"], found["seeds"]) == ("digits", 40, [0, 1])
+    dense, ste, _, _, sr_ste = found["rows"]
+    assert dense["accuracy"] == {
+        "mean": 71.0,
+        "deviation": pytest.approx(2**0.5),
+        "each": [70.0, 72.0],
+    }
+    assert {dense[key] for key in ("pattern", "flips", "sad", "max_difference")} == {None}
+    assert ste == {
+        "method": "2:4 STE",
+        "pattern": "2:4",
+        "lambda_w": 0.0,
+        "flips": pytest.approx(1e-3),
+        "sad": 0.125,
+        "density": 0.5,
+        "max_difference": 1e-6,
+        "folded_bytes": 3000,
+        "lowered_bytes": 1500,
+        "accuracy": {"mean": 60.5, "deviation": pytest.approx(0.5**0.5), "each": [60.0, 61.0]},
+    }
+    assert (sr_ste["method"], sr_ste["lambda_w"]) == ("1:16 SR-STE", 3e-3)
+    tried = [(one["pattern"], one["lambda_w"]) for one in found["selection"]["tried"]]
+    assert tried == [(p, value) for p in ("2:4", "1:16") for value in GRID[:2]]
+    first, second = found["sr_ste_minus_ste"]
+    assert (first["pattern"], first["mean"], first["ahead"]) == ("2:4", -0.25, 1)
+    assert (second["each"], second["ahead"]) == ([-1.0, -1.0], 0)
+    assert found["picture"] == str(tmp_path / "picture.png")
 
 
 def test_losses_of_sr_ste_are_shown():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import subprocess
 import sys
@@ -308,6 +309,40 @@ def test_lm_table_shows_means_spreads_and_speed_in_80_columns():
     output = console.export_text()
     for words in ("3.100 +- 0.141", "3.300 +- 0.071", "1.00e-03", "0.125", "16.0", "62.5"):
         assert words in output, f"{words} is missing:\n{output}"
+
+
+def test_lm_json_holds_the_numbers_of_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("nmfx.demo.command.run_lm_study", lambda plan: made_up_study())
+    picture = str(tmp_path / "picture.png")
+    main(["demo", "--task", "lm", "--quick", "--no-compile", "--json", "--out", picture])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["task"], found["seeds"], found["picture"]) == ("lm", [0, 1], picture)
+    assert found["setup"]["compiled"] is False
+    assert len(found["rows"]) == 7
+    assert found["rows"][1] == {
+        "method": "2:4 STE",
+        "pattern": "2:4",
+        "lambda_w": 0.0,
+        "flips": pytest.approx(1e-3),
+        "sad": 0.125,
+        "density": 0.5,
+        "max_difference": 1e-6,
+        "folded_bytes": 3000,
+        "lowered_bytes": 1500,
+        "bits_per_byte": {
+            "mean": pytest.approx(3.3),
+            "deviation": pytest.approx(0.005**0.5),
+            "each": [3.25, 3.35],
+        },
+        "ms_per_step": 16.0,
+    }
+    names = [(one["method"], one["minus"], one["better"]) for one in found["differences"][:3]]
+    assert names == [
+        ("2:4 STE", "dense", 0),
+        ("2:4 SR-STE 0.0002", "2:4 STE", 1),
+        ("2:4 SR-STE 0.001", "2:4 STE", 0),
+    ]
+    assert found["differences"][0]["mean"] == pytest.approx(0.2)
 
 
 def test_lm_legend_says_how_the_numbers_were_made():

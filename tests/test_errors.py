@@ -419,19 +419,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "lower twice": (
         lowered,
         nmfx.lower,
-        "nmfx.lower: no weight of Net is N:M sparse; the first of 2, odd.weight: in_features=6 is "
-        "not a multiple of 4, so 1:4 groups would straddle rows",
+        "nmfx.lower: Net is lowered already, and no other weight of it is N:M sparse; "
+        "nmfx.lower(nmfx.fold(model), x) measures again and chooses anew",
     ),
     "unsparsify lowered": (
         lowered,
         nmfx.unsparsify,
         "body.0: weight is packed; its dense weight is gone",
-    ),
-    "fold lowered": (
-        lowered,
-        nmfx.fold,
-        "nmfx.fold: Net is lowered, and packed layers have no dense weight; call it on the model "
-        "that nmfx.lower was given",
     ),
     # trace
     "trace control flow": (

@@ -21,6 +21,7 @@ from zoo import ZOO, build, call, outputs
 import nmfx
 from nmfx.kernels import semi_structured
 from nmfx.report import Row
+from nmfx.tuning.hardware import machine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -192,7 +193,7 @@ def test_semi_structured_layers_come_back_where_the_format_is_known(
     short.mkdir()
     cut = copy.deepcopy(model)
     cut[0].weight_compressed = cut[0].weight_compressed[:-1].clone()
-    with pytest.raises(nmfx.NMError, match="bytes; the file is damaged"):
+    with pytest.raises(nmfx.NMError, match=r"is not uint8 \(64, 64\); the file is damaged"):
         nmfx.load(saved(cut, short), into=make())
     monkeypatch.undo()
     into = make()
@@ -200,6 +201,33 @@ def test_semi_structured_layers_come_back_where_the_format_is_known(
     with pytest.raises(nmfx.NMError, match="lower the dense model here"):
         nmfx.load(path, into=into)
     assert_same_model(into, before)
+
+
+def test_the_machine_that_chose_stays_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nmfx.lower(nmfx.sparsify(Mlp().eval(), "2:4"), (X,), tune=False)
+    path = saved(model, tmp_path)
+    here = nmfx.load(path, into=Mlp().eval())
+    assert not any("chosen on" in note for note in nmfx.report(here).notes)
+    there = machine(torch.device("cpu"))
+    monkeypatch.setattr("nmfx.tuning.hardware.processor", lambda device: "Abacus")
+    for _ in range(3):  # what is saved again says it still, and once
+        here = copy.deepcopy(nmfx.load(path, into=Mlp().eval()))
+        (note,) = (note for note in nmfx.report(here).notes if "chosen on" in note)
+        assert note == (
+            f"its kernels were chosen on {there}; this is Abacus, threads: 1: "
+            f"nmfx.lower(nmfx.fold(model), x) chooses anew"
+        )
+        path = saved(here, tmp_path)
+    again = nmfx.lower(nmfx.fold(here), (X,), tune=False)
+    assert not any("chosen on" in note for note in nmfx.report(again).notes)
+    path = saved(again, tmp_path)
+    monkeypatch.undo()
+    back = nmfx.load(path, into=Mlp().eval())
+    assert any("chosen on Abacus" in note for note in nmfx.report(back).notes)
+    dense = nmfx.load(saved(nmfx.fold(back), tmp_path), into=Mlp().eval())
+    assert not nmfx.report(dense).notes
 
 
 # --- what lower joins ---------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from fake_timer import install
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nmfx
+from nmfx.kernels import semi_structured as semi
 from nmfx.storage.files import sha256_of
 from nmfx.storage.spec import digest
 
@@ -186,6 +188,149 @@ def test_damaged_tensors_with_the_right_digests_are_refused(damage: str, tmp_pat
         del spec["tensors"]["a.weight_index"]
     _forge(path, spec, tensors)
     assert outcome(path, Net(), state_of(model)) == "refused"
+
+
+# --- semi-structured weights, which CUTLASS runs and plain torch can read ------------------------
+
+
+class Wide(nn.Module):
+    """One layer whose outputs are filled up, and one whose inputs are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 60), nn.Linear(60, 64), nn.Linear(64, 2)
+        self.d = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.d(self.b(self.a(x))))
+
+
+def _wide() -> nn.Module:
+    return Wide().bfloat16().eval()
+
+
+@pytest.fixture
+def compressed(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A lowered model; until the test ends every machine "has" CUTLASS."""
+    monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUTLASS)
+    ms = {"dense": 3.0, "prepacked": 3.0, "packed": 2.0, "semi_structured": 1.0}
+    install(monkeypatch, ms)
+    rules = {"a": "2:4", "b": "1:4", "c": None, "d": "1:2"}
+    model = nmfx.lower(nmfx.sparsify(_wide(), rules), (torch.ones(2, 64).bfloat16(),))
+    states = [row.state for row in nmfx.report(model)]
+    assert states == ["semi_structured", "semi_structured", "dense", "semi_structured"]
+    return model
+
+
+def _values(t: dict[str, Tensor], name: str) -> Tensor:
+    return t[f"{name}.weight_compressed"].view(torch.bfloat16)
+
+
+def _meta_byte(t: dict[str, Tensor], value: int, at: int = 0) -> None:
+    t["a.weight_meta"].view(-1)[at] = value
+
+
+def _four_in_a_row(t: dict[str, Tensor]) -> None:
+    """Places that 2:4 allows and 1:2 does not: 0 and 1 of every group."""
+    t["d.weight_meta"].fill_(0x44)
+    _values(t, "d").fill_(1.0)
+
+
+COMPRESSED_DAMAGES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "zeros": lambda t: _meta_byte(t, 0),
+    "a place twice, low": lambda t: _meta_byte(t, 0x4A, at=17),
+    "a place twice, high": lambda t: _meta_byte(t, 0xF4, at=-1),
+    "places in the other order": lambda t: _meta_byte(t, 0x41),
+    "a value below the last row": lambda t: _values(t, "a")[60, 3].fill_(1.0),
+    "NaN below the last row": lambda t: _values(t, "a")[-1, -1].fill_(torch.nan),
+    "a value behind the last column": lambda t: _values(t, "b")[5, 30].fill_(1e-40),
+    "more than 1:4": lambda t: _values(t, "b")[63, 28:30].fill_(1.0),
+    "more than 1:2": _four_in_a_row,
+    "one dimension": lambda t: t.update({"a.weight_meta": t["a.weight_meta"].flatten()}),
+    "another shape": lambda t: t.update({"a.weight_meta": t["a.weight_meta"].view(8, -1)}),
+    "a row less": lambda t: t.update(
+        {"a.weight_compressed": t["a.weight_compressed"][:-1].clone()}
+    ),
+    "no metadata": lambda t: t.update({"a.weight_meta": t["a.weight_meta"][:0].clone()}),
+    "bytes with a sign": lambda t: t.update({"a.weight_meta": t["a.weight_meta"].view(torch.int8)}),
+    "another name": lambda t: t["a.weight_format"][-1:].add_(1),
+    "swapped": lambda t: t.update(
+        {"a.weight_compressed": t["d.weight_compressed"], "a.weight_meta": t["b.weight_meta"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", COMPRESSED_DAMAGES)
+def test_damaged_semi_structured_weights_are_refused(
+    damage: str, compressed: nn.Module, tmp_path: Path
+) -> None:
+    (path,) = nmfx.save(compressed, tmp_path / "model.safetensors")
+    spec, tensors = _content(path)
+    before = copy.deepcopy(tensors)
+    COMPRESSED_DAMAGES[damage](tensors)
+    if damage == "swapped":
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    _forge(path, spec, tensors)
+    assert outcome(path, _wide(), None) == "refused"
+    _forge(path, spec, before)
+    assert outcome(path, _wide(), state_of(compressed)) == "loaded", "it was the damage"
+
+
+@pytest.mark.parametrize("value", [0x44, 0x8D, 0xE9, 0xCE])
+def test_legal_places_are_loaded(value: int, compressed: nn.Module, tmp_path: Path) -> None:
+    (path,) = nmfx.save(compressed, tmp_path / "model.safetensors")
+    spec, tensors = _content(path)
+    _meta_byte(tensors, value)
+    _forge(path, spec, tensors)
+    into: Any = nmfx.load(path, into=_wide())
+    assert into.a.weight_meta.view(-1)[0] == value
+    assert nmfx.is_nm(into.a.weight, "2:4", 1)
+
+
+COMPRESSED_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "dtype": lambda layer: layer.update(dtype="float16"),
+    "a wide dtype": lambda layer: layer.update(dtype="float32"),
+    "no dtype": lambda layer: layer.update(dtype=None),
+    "pattern": lambda layer: layer.update(pattern="1:4"),
+    "shape": lambda layer: layer.update(shape=[64, 64]),
+    "fewer columns": lambda layer: layer.update(shape=[60, 60]),
+    "dim": lambda layer: layer.update(dim=0),
+    "state": lambda layer: layer.update(state="packed"),
+    "format": lambda layer: layer.update(format="CUTLASS"),
+}
+
+
+@pytest.mark.parametrize("lie", COMPRESSED_LIES)
+def test_lies_about_semi_structured_weights_are_refused(
+    lie: str, compressed: nn.Module, tmp_path: Path
+) -> None:
+    (path,) = nmfx.save(compressed, tmp_path / "model.safetensors")
+    spec, tensors = _content(path)
+    COMPRESSED_LIES[lie](spec["layers"]["a.weight"])
+    _forge(path, spec, tensors)
+    assert outcome(path, _wide(), None) == "refused"
+
+
+def test_random_damage_to_semi_structured_weights(compressed: nn.Module, tmp_path: Path) -> None:
+    (path,) = nmfx.save(compressed, tmp_path / "model.safetensors")
+    data, saved = path.read_bytes(), state_of(compressed)
+    chance, counts = random.Random(2), Counter[str]()
+    for _ in range(QUICK // 10):
+        path.write_bytes(mutated(data, chance))
+        counts[outcome(path, _wide(), saved)] += 1
+    assert counts["refused"] > 0.8 * QUICK // 10
+
+
+@pytest.mark.parametrize("damage", ["zeros", "a value below the last row"])
+def test_a_state_dict_with_damaged_semi_structured_weights(
+    damage: str, compressed: nn.Module
+) -> None:
+    state = {name: tensor.clone() for name, tensor in compressed.state_dict().items()}
+    COMPRESSED_DAMAGES[damage](state)
+    before = state_of(compressed)
+    with pytest.raises(nmfx.NMError, match=r"^a\.weight: .*; the file is damaged$"):
+        compressed.load_state_dict(state)
+    assert state_of(compressed) == before
 
 
 SPEC_DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -15,6 +15,7 @@ from nmfx.errors import NMError
 from nmfx.kernels import semi_structured as semi
 from nmfx.mask import as_bits, nm_project
 from nmfx.ops.linear_semi_structured import linear_semi_structured
+from nmfx.pattern import Pattern
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 DTYPES = list(semi.DTYPES)
@@ -56,6 +57,28 @@ def test_decompressed_is_what_was_compressed(
 def test_bytes_of_shapes_that_fit() -> None:
     for backend in (semi.CUSPARSELT, semi.CUTLASS):
         assert semi.compressed_bytes(4096, 4096, backend) / (4096 * 4096 * 2) == 0.5625
+
+
+def test_sizes_that_can_be_a_weight() -> None:
+    whole = semi.compressed_bytes(64, 64, semi.CUSPARSELT)
+    sizes = [(whole, 0), (whole + 16, 0), (whole - 1, 0), (whole, 1)]
+    found = [semi.has_size(size, 60, 60, semi.CUSPARSELT) for size in sizes]
+    assert found == [True, True, False, False]
+    assert semi.has_size((64 * 64, 64 * 8), 60, 60, semi.CUTLASS)
+    assert not semi.has_size((64 * 64, 64 * 8 - 1), 60, 60, semi.CUTLASS)
+
+
+@given(
+    out=st.integers(1, 70),
+    groups=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    pattern=st.sampled_from(["2:4", "1:4", "1:2"]),
+)
+def test_what_was_compressed_passes_the_check(
+    out: int, groups: int, dtype: torch.dtype, pattern: str
+) -> None:
+    w = nm_project(torch.randn(out, 4 * groups).to(dtype), pattern, 1)
+    semi.check_cutlass(*semi.compress(w, semi.CUTLASS), *w.shape, dtype, Pattern.parse(pattern))
 
 
 def test_the_format_tells_dtypes_and_libraries_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,25 +3,38 @@
     conv_nm(x, ...) -> relu        becomes        conv_nm(x, ..., activation="relu")
 
 In a graph the activation's node goes; a child module that is called there, and nowhere else,
-becomes an nn.Identity. `undo` puts modules and graphs back.
+becomes an nn.Identity. `undo` puts modules and graphs back; `put_back` does so long after, with new
+modules and nodes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..graph.follow import activation, only_user
+from ..errors import NMError
+from ..graph.densify import insert_activation
+from ..graph.follow import activation, called, only_user
 from ..ops.conv_nm import conv_nm
 from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from .install import refresh
 from .lowering import Target
-from .neighbours import Neighbour, activation_of
+from .neighbours import NORMS, Neighbour, Neighbours, activation_of
 from .site import REPLACES, SITES, forms_of, get_path, packed_names
+
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
+_NORMS = [kind.__name__ for kind in NORMS]
 
 
 class ActivationFusing:
@@ -112,3 +125,85 @@ def _reads(gm: fx.GraphModule, node: fx.Node, values: Tensor) -> bool:
 def _drop(node: fx.Node) -> None:
     node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
+
+
+def behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, fx.Node | None]:
+    """Past the identities that may stand between a layer and its activation.
+
+    An identity in the place of an activation is none of them: it says that this one is gone.
+
+    Returns:
+        The last node that computes what `node` does, and what alone reads it, or None.
+    """
+    source, after = node, only_user(node)
+    while after is not None:
+        module = called(modules, after)
+        if type(module) is not nn.Identity or module.__dict__.get(REPLACES) not in (None, *_NORMS):
+            break
+        source, after = after, only_user(after)
+    return source, after
+
+
+def put_back(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Gives back the activations that moved into packed layers: a new module, or a new node.
+
+    The layers still apply them; the caller restores their classes.
+
+    Args:
+        model: to be changed.
+        layers: of leaf capture, with an activation; by the names of their weights.
+
+    Raises:
+        NMError: the place of one is not there. The model may be changed in part.
+    """
+    callers = Neighbours(model, layers.values(), trace=False)
+    waiting: dict[str, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        caller, what = callers.caller(layer), layer.__dict__[SITES][0].activation
+        if not isinstance(caller, fx.GraphModule) or not _insert_behind(caller, layer, what):
+            waiting[what].append(name)
+    identities = _identities(model)
+    for what, names in waiting.items():
+        if len(names) > len(identities[what]):
+            raise NMError(
+                f"{names[0]}: it applies the {what} that stood behind it, and the nn.Identity in "
+                f"its place is gone; fold the whole model that nmfx.lower made"
+            )
+    for what, found in identities.items():
+        if len(found) > len(waiting[what]):
+            raise NMError(
+                f"{len(found)} nn.Identity stand for a {what} that moved into a layer, and "
+                f"{len(waiting[what])} such layers are here; fold the whole model that nmfx.lower "
+                f"made"
+            )
+        for old, places in found.items():
+            new = _MODULES[what]()
+            new.__dict__.update(old.__dict__)  # its mode, and the hooks it may have got
+            del new.__dict__[REPLACES]
+            for table, key in places:
+                table[key] = new
+
+
+def _insert_behind(gm: fx.GraphModule, layer: nn.Module, what: str) -> bool:
+    """Puts an activation behind the calls of a layer; False if a module is to do it, or nothing."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    ends = [behind(node, modules) for node in gm.graph.nodes if called(modules, node) is layer]
+    for _, after in ends:
+        module = None if after is None else called(modules, after)
+        if type(module) is nn.Identity:  # traced after it was lowered
+            return False
+    for source, _ in ends:
+        insert_activation(source, what)
+    gm.recompile()
+    return bool(ends)
+
+
+def _identities(model: nn.Module) -> dict[str, dict[nn.Module, list[tuple[dict[str, Any], str]]]]:
+    """What stands in place of activations: activation -> identity -> all its places."""
+    found: dict[str, dict[nn.Module, list[tuple[dict[str, Any], str]]]] = defaultdict(dict)
+    for owner in model.modules():
+        for key, child in owner._modules.items():
+            what = None if child is None else child.__dict__.get(REPLACES)
+            if child is not None and what in _MODULES:
+                found[what].setdefault(child, []).append((owner._modules, key))
+    return found

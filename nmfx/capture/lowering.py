@@ -1,4 +1,4 @@
-"""One layer of a folded model lowered, and all of them made dense again.
+"""One layer of a folded model lowered, and made dense again: at once, or long after.
 
     weight (Parameter)    pack      weight_values, weight_index (buffers), linear_nm
                           compress  weight_compressed, weight_meta (buffers), linear_semi_structured
@@ -8,12 +8,15 @@
 
 Packing and compressing delete the dense weight as their last step, so whatever interrupts them, the
 weight is still there in one of its forms, and `undo` tells which. A dense weight that stays beside
-another form is made constant instead: training it would leave the other form behind.
+another form is made constant instead: training it would leave the other form behind. Of a model
+that was lowered, or loaded, the sites tell what a dense weight needs besides its values:
+`Target.of_site`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +35,7 @@ from .site import (
     SITES,
     Holder,
     Site,
+    SiteRef,
     compressed_names,
     form_names,
     format_name,
@@ -40,12 +44,13 @@ from .site import (
     get_path,
     holder_of,
     packed_names,
+    stored_names,
 )
 
 
 @dataclass(eq=False)
 class Target:
-    """A layer of a folded model that may be lowered, and what undoing it needs.
+    """A layer of a folded model that may be lowered, or is, and what undoing it needs.
 
     Attributes:
         candidate: the layer.
@@ -64,10 +69,37 @@ class Target:
     _requires_grad: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        owner, _ = self.owner
-        self._order = list(owner._parameters)
-        self.bytes, self.device = self.weight.nbytes, self.weight.device
-        self._dtype, self._requires_grad = self.weight.dtype, self.weight.requires_grad
+        owner, name = self.owner
+        c, site = self.candidate, self.candidate.site
+        if site is not None and site.lowered:
+            stored = get_path(c.host, stored_names(site)[0])
+            self._dtype, self._format = site.dtype or stored.dtype, site.format
+            self._order = list(site.order) or [name, *owner._parameters]
+            self._requires_grad = site.requires_grad
+        else:
+            stored = self.weight
+            self._dtype, self._requires_grad = stored.dtype, stored.requires_grad
+            self._order = list(owner._parameters)
+        self.device, self.bytes = stored.device, math.prod(c.shape) * self._dtype.itemsize
+
+    @classmethod
+    def of_site(cls, ref: SiteRef) -> Target:
+        """The layer of a lowered site."""
+        site = ref.site
+        candidate = Candidate(
+            ref.name,
+            ref.module_name,
+            ref.host,
+            site.path,
+            site.kind,
+            site.shape,
+            site.dim,
+            site.reduced,
+            site.capture,
+            site.groups,
+            site=site,
+        )
+        return cls(candidate, site.pattern)
 
     @property
     def owner(self) -> tuple[nn.Module, str]:
@@ -169,6 +201,8 @@ class Target:
             dtype=self._dtype if is_compressed else None,
             format=self._format if is_compressed else "",
             threshold=threshold,
+            order=tuple(self._order),
+            requires_grad=self._requires_grad,
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)
@@ -191,7 +225,8 @@ class Target:
         c = self.candidate
         if name not in owner._parameters:
             dense = self._dense(owner._buffers, name)
-            weight = nn.Parameter(dense.contiguous(), self._requires_grad)
+            # Not just contiguous: of a 1x1 convolution the strides would mean channels-last.
+            weight = nn.Parameter(dense.flatten().view(c.shape), self._requires_grad)
             owner._parameters[name] = weight
             for key in self._order:  # the order is that of state_dict and of optimizers
                 if key in owner._parameters:  # the others are still to come

@@ -76,6 +76,10 @@ class Neighbours:
             owners = self._owners[owners[0]]
         return owners[0] if len(owners) == 1 else None
 
+    def caller(self, layer: nn.Module) -> nn.Module | None:
+        """The module whose forward is expected to call one of the layers, if there is only one."""
+        return self._callers.get(layer)
+
     def after(self, first: nn.Module, layer: nn.Module) -> Neighbour | None:
         """What reads `first`, a layer or what stands behind it; both have the same caller."""
         caller = self._callers.get(layer)

@@ -147,6 +147,27 @@ def compress_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, str]:
     return (*tensors, semi_structured.format_of(backend, weight.dtype, weight.device))
 
 
+def check_compressed(
+    compressed: Tensor,
+    meta: Tensor,
+    shape: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    format: str,
+) -> None:
+    """Checks tensors that claim to be the compressed form of a linear layer's weight of `shape`.
+
+    Only cuSPARSELt can read what it made.
+
+    Raises:
+        NMError: see `nmfx.kernels.semi_structured.check_cutlass`.
+    """
+    if format.startswith(f"{semi_structured.CUTLASS.name} "):
+        sizes = shape[1 - dim], shape[dim]
+        semi_structured.check_cutlass(compressed, meta, *sizes, dtype, pattern)
+
+
 def decompress_weight(
     compressed: Tensor, meta: Tensor, shape: tuple[int, ...], dim: int, dtype: torch.dtype
 ) -> Tensor:

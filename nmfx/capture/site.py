@@ -15,6 +15,7 @@ attributes, in its `meta`:
         _nmfx_skipped      {parameter below the host: reason}
         _nmfx_measured     {parameter below the host: (rows, ms dense, ms chosen)}
         _nmfx_notes        of a whole lowered model: (line of its report, ...)
+        _nmfx_made_on      of a whole loaded model: the machine that it was lowered on
         _nmfx_folded       (parameter below the host, ...): a batch norm was folded into it
         _nmfx_replaces     of an nn.Identity: "BatchNorm2d", "relu", what stood in its place
 """
@@ -32,7 +33,7 @@ from ..errors import NMError
 from ..kernels.semi_structured import without_algorithms
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
-from .packed import check_same_weight, check_weight, packed_weight_shapes
+from .packed import check_compressed, check_same_weight, check_weight, packed_weight_shapes
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Site:
         dtype: of a semi-structured weight, whose tensors are bytes; else None.
         format: what those bytes are, see `nmfx.kernels.semi_structured.format_of`; else "".
         threshold: of a layer in two forms: inputs of up to so many rows use the first; else 0.
+        order: of a lowered weight: the parameters of its owner as they stood before, by name.
+        requires_grad: of a lowered weight: what the parameter was set to.
     """
 
     path: str
@@ -74,6 +77,8 @@ class Site:
     dtype: torch.dtype | None = None
     format: str = ""
     threshold: int = 0
+    order: tuple[str, ...] = ()
+    requires_grad: bool = True
 
     @property
     def lowered(self) -> bool:
@@ -99,6 +104,7 @@ SITES = "_nmfx_sites"
 SKIPPED = "_nmfx_skipped"
 MEASURED = "_nmfx_measured"
 NOTES = "_nmfx_notes"  # on a lowered model: what `lower` found out about all of it
+MADE_ON = "_nmfx_made_on"
 COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
 REPLACES = "_nmfx_replaces"
 FOLDED = "_nmfx_folded"
@@ -170,7 +176,7 @@ def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
         store: where the sites are.
         but: the sites that stay, for a store that must have a list of them at any moment.
     """
-    kept = [SKIPPED, MEASURED, NOTES, REPLACES, FOLDED]
+    kept = [SKIPPED, MEASURED, NOTES, MADE_ON, REPLACES, FOLDED]
     if but is not None:
         store.__dict__[SITES] = but
         kept.append(SITES)
@@ -252,7 +258,8 @@ def check_loaded(store: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
         state_dict, prefix: with the names that the host of the sites has there.
 
     Raises:
-        NMError: an index outside its group, and all else that `check_packed` finds.
+        NMError: an index outside its group, and all else that `check_packed` and `check_cutlass`
+            find.
     """
     for site in store.__dict__.get(SITES, ()):
         forms = forms_of(site.state)
@@ -321,6 +328,13 @@ def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
             f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "
             f"dense model here"
         )
+    if len(given) == len(names):
+        assert site.dtype is not None
+        own = site.shape, site.dim, site.dtype, site.pattern, site.format
+        try:
+            check_compressed(given[0], given[1], *own)
+        except NMError as error:
+            raise NMError(f"{prefix}{site.path}: {error}; the file is damaged") from error
 
 
 def marks_of(module: nn.Module) -> dict[str, Any]:

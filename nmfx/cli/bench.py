@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..errors import NMError
 from ..pattern import Pattern
 from ..preview import preview
-from ..storage.describe import machine
 from ..tuning import cache
-from ..tuning.hardware import cache_bytes
+from ..tuning.hardware import cache_bytes, machine
 from ..tuning.progress import progress
 from . import output
 

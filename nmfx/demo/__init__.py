@@ -13,6 +13,7 @@ and what both tasks share:
     arguments.py values of options, checked as they are read
     meter.py    what is measured around a training loop: masks, packing
     rows.py     methods, and how their numbers are written
+    numbers.py  the same numbers for `--json`
     drawing.py  the picture of two panels
     workers.py  how runs use several cores
 

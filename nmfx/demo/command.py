@@ -6,17 +6,20 @@ import argparse
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from ..cli import output
 from .arguments import natural, positive, steps
 from .lm import options as lm_options
 from .lm.study import reports as lm_reports
 from .lm.study import run_study as run_lm_study
+from .lm.table import content as lm_content
 from .lm.table import print_study as print_lm_study
 from .study import Plan, run_study
-from .table import print_study
+from .table import content, print_study
 
 # Import name -> distribution, of what the extra `nmfx-torch[demo]` adds to nmfx.
 EXTRA = {
@@ -54,12 +57,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="seconds, not minutes; the numbers mean nothing then"
     )
+    output.add_json(parser)
     lm_options.add_options(parser)
     parser.set_defaults(run=partial(run, parser))
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Trains, prints the table, draws the picture.
+    """Trains, prints the table (or its numbers as JSON), draws the picture.
 
     Raises:
         SystemExit: status 2 and one line on stderr, if something that it needs is missing.
@@ -76,27 +80,32 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     misplaced = lm_options.given(options)
     if misplaced and options.task != "lm":
         parser.error(f"{misplaced[0]} is for --task lm")
-    console = Console(highlight=False)
-    {"digits": _digits, "lm": _lm}[options.task](options, console)
+    console = Console(highlight=False, quiet=options.json)  # progress goes to stderr
+    numbers = {"digits": _digits, "lm": _lm}[options.task](options, console)
     console.print(f"picture: {options.out}", soft_wrap=True)
+    if options.json:
+        output.show_json({**numbers, "picture": str(options.out)})
 
 
-def _digits(options: argparse.Namespace, console: Console) -> None:
+def _digits(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .figure import draw
 
     study = run_study(make_plan(options))
     print_study(study, console)
     draw(study, options.out)
+    return content(study)
 
 
-def _lm(options: argparse.Namespace, console: Console) -> None:
+def _lm(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .lm.figure import draw
 
     plan = lm_options.make_plan(options)
-    console.print(*lm_reports(plan), sep="\n\n", end="\n\n", soft_wrap=True, markup=False)
+    reports = lm_reports(plan)  # refuses patterns that fit nothing, whatever is printed
+    console.print(*reports, sep="\n\n", end="\n\n", soft_wrap=True, markup=False)
     study = run_lm_study(plan)
     print_lm_study(study, console)
     draw(study, options.out)
+    return lm_content(study)
 
 
 def make_plan(options: argparse.Namespace) -> Plan:

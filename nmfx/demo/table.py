@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .meter import FLIPS_EVERY
+from .numbers import flips_of, numbers_of, sad_of, spread_of
 from .rows import Row, seeds_text, spread
 from .study import PATTERNS, Study
 from .training import Result
@@ -37,10 +40,9 @@ def make_table(study: Study) -> Table:
 def _cells(row: Row[Result]) -> list[str]:
     accuracy = spread([result.final_accuracy for result in row.results])
     density = f"{100 * fmean(result.density for result in row.results):.2f} %"
-    if not row.pattern:
+    flips, sad = flips_of(row), sad_of(row)
+    if flips is None or sad is None:
         return [row.name, "-", accuracy, "-", "-", density]
-    flips = fmean(rate for result in row.results for _, rate in result.flips)
-    sad = fmean(result.sad for result in row.results)
     return [row.name, f"{row.lambda_w:g}", accuracy, f"{flips:.2e}", f"{sad:.3f}", density]
 
 
@@ -70,14 +72,20 @@ def selection_lines(study: Study) -> list[str]:
 def difference_lines(study: Study) -> list[str]:
     """SR-STE minus STE, seed by seed, one line per pattern."""
     lines = ["SR-STE minus STE, points of test accuracy, same seed against same seed:"]
-    for pattern in PATTERNS:
-        ste, sr_ste = (row.results for row in study.rows if row.pattern == pattern)
-        gains = [b.final_accuracy - a.final_accuracy for a, b in zip(ste, sr_ste, strict=True)]
+    for pattern, gains in _gains(study):
         wins = sum(gain > 0 for gain in gains)
         lines.append(
             f"  {pattern:5} {spread(gains, '+.2f')}, ahead on {wins} of {len(gains)} seeds"
         )
     return lines
+
+
+def _gains(study: Study) -> Iterator[tuple[str, list[float]]]:
+    """SR-STE minus STE of each pattern, one value per seed."""
+    for pattern in PATTERNS:
+        ste, sr_ste = (row.results for row in study.rows if row.pattern == pattern)
+        pairs = zip(ste, sr_ste, strict=True)
+        yield pattern, [b.final_accuracy - a.final_accuracy for a, b in pairs]
 
 
 def packed_lines(study: Study) -> list[str]:
@@ -93,3 +101,31 @@ def packed_lines(study: Study) -> list[str]:
                 f"bytes of the state dict {folded:,} -> {lowered:,}"
             )
     return lines
+
+
+def content(study: Study) -> dict[str, Any]:
+    """All numbers that `print_study` prints."""
+    plan = study.plan
+    return {
+        "task": "digits",
+        "steps": plan.steps,
+        "seeds": list(plan.shown),
+        "rows": [
+            {
+                **numbers_of(row),
+                "accuracy": spread_of([result.final_accuracy for result in row.results]),
+            }
+            for row in study.rows
+        ],
+        "selection": {
+            "seeds": list(plan.selection),
+            "tried": [
+                {"pattern": pattern, "lambda_w": value, "accuracy": accuracy}
+                for (pattern, value), accuracy in study.validation.items()
+            ],
+        },
+        "sr_ste_minus_ste": [
+            {"pattern": pattern, "ahead": sum(gain > 0 for gain in gains), **spread_of(gains)}
+            for pattern, gains in _gains(study)
+        ],
+    }

@@ -89,6 +89,11 @@ def follower(graph: fx.Graph, modules: Mapping[str, nn.Module], layer: nn.Module
     return only_user(calls[0]) if len(calls) == 1 and not reads else None
 
 
+def called(modules: Mapping[str, nn.Module], node: fx.Node) -> Any:
+    """The module that a node calls; None if it calls something else."""
+    return modules.get(str(node.target)) if node.op == "call_module" else None
+
+
 def followed_by_module(
     graph: fx.Graph, modules: Mapping[str, nn.Module], layer: nn.Module
 ) -> nn.Module | None:

@@ -32,7 +32,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from ..errors import NMError
-from ..mask import is_nm, same_values
+from ..mask import is_nm, magnitude, same_values
 from ..pattern import Pattern
 
 PATTERN = Pattern(2, 4)
@@ -148,6 +148,39 @@ def has_size(sizes: tuple[int, ...], out: int, into: int, backend: Backend) -> b
     return sizes == (whole * 8 // 9, whole // 9)
 
 
+def check_cutlass(
+    compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype, pattern: Pattern
+) -> None:
+    """Checks bytes that claim to be (compressed, meta) of an (out, into) weight.
+
+    Each group of 4 has two values and 4 bits: the place of the first, that of the second. Where a
+    group stands in `meta` is shuffled, but all of them must be legal, and the values are in order.
+
+    Raises:
+        NMError: other dtypes or shapes; places that are not in order; a value where the weight is
+            filled up; more nonzeros than `pattern` allows.
+    """
+    if dtype not in DTYPES or into % PATTERN.m:
+        raise NMError(f"{dtype} of shape ({out}, {into}) has no semi-structured form")
+    rows, columns = out + -out % CUTLASS.out, into + -into % CUTLASS.into
+    for tensor, shape in ((compressed, (rows, columns)), (meta, (rows, columns // 8))):
+        if tensor.dtype != torch.uint8 or tuple(tensor.shape) != shape:
+            raise NMError(f"{tensor.dtype} {tuple(tensor.shape)} is not uint8 {shape}")
+    low, high = meta & 15, meta >> 4
+    if not all(bool(((pair & 3) < (pair >> 2)).all()) for pair in (low, high)):
+        raise NMError("its metadata put a second value at or before the place of the first")
+    nonzero = magnitude(compressed.contiguous().view(dtype)) != 0
+    if bool(nonzero[out:].any()) or bool(nonzero[:, into // 2 :].any()):
+        raise NMError("where it is filled up it is not zero")
+    if pattern.m % PATTERN.m == 0:  # a group of the pattern is some groups of 4
+        kept = nonzero[:out, : into // 2].unflatten(1, (-1, pattern.m // 2)).sum(2)
+        fits = not bool((kept > pattern.n).any())
+    else:
+        fits = is_nm(decompress(compressed, meta, out, into, dtype), pattern, 1)
+    if not fits:
+        raise NMError(f"it has more nonzeros in a group than {pattern} allows")
+
+
 def compress(weight: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """The two tensors of a weight (out, in) that `why_not` has nothing against.
 
@@ -222,7 +255,7 @@ def multiply(
             return F.linear(input, decompress(compressed, meta, out, into, input.dtype), bias)
         raise NMError(
             f"a weight that cuSPARSELt compressed runs on the GPU it was compressed on, and is now "
-            f"on {input.device}: move the model back, or lower the dense model for {input.device}"
+            f"on {input.device}: move the model back; there, nmfx.fold(model) makes it dense again"
         )
     compressed = _aligned(compressed).view(input.dtype)
     backend = CUTLASS if meta.numel() else CUSPARSELT

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..capture.packed import check_same_weight, check_weight
+from ..capture.packed import check_compressed, check_same_weight, check_weight
 from ..capture.site import compressed_names, form_names, format_name, forms_of, packed_names
 from ..errors import NMError
 from ..kernels.semi_structured import algorithms_of, without_algorithms
@@ -101,6 +101,11 @@ def _check_compressed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) ->
     algorithms_of(layer.format)  # refuses what it does not understand
     if without_algorithms(text) != without_algorithms(layer.format):
         raise NMError(f"it is called {layer.format!r} and {text!r}")
+    assert layer.dtype is not None  # see `_check_layer`
+    compressed, meta = (tensors[key] for key in compressed_names(name))
+    check_compressed(
+        *(compressed, meta, layer.shape, layer.dim, layer.dtype, layer.pattern, layer.format)
+    )
 
 
 def _check_weight(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..capture.candidates import Candidate, find_candidates
 from ..capture.site import (
     FOLDED,
+    MADE_ON,
     MEASURED,
     NOTES,
     REPLACES,
@@ -23,7 +24,7 @@ from ..capture.site import (
     mask_name,
 )
 from ..packing import detect_pattern
-from ..tuning.hardware import processor
+from ..tuning.hardware import machine
 from .graphs import graph_digests
 from .spec import Layer
 from .tensors import (
@@ -93,7 +94,7 @@ def describe(model: nn.Module) -> Description:
         tensors,
         aliases,
         {
-            "made_on": machine(device) if lowered else "",
+            "made_on": marks_of(model).get(MADE_ON, machine(device)) if lowered else "",
             "layers": layers,
             "norms": norms,
             "identities": {
@@ -107,13 +108,6 @@ def describe(model: nn.Module) -> Description:
             "notes": tuple(marks_of(model).get(NOTES, ())),
         },
     )
-
-
-def machine(device: torch.device) -> str:
-    """Where kernels were chosen: the processor and, of a CPU, the number of threads."""
-    if device.type == "cuda":
-        return processor(device)
-    return f"{processor(torch.device('cpu'))}, threads: {torch.get_num_threads()}"
 
 
 def _distinct(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

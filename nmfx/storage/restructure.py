@@ -13,19 +13,19 @@ model before it is used. Nothing is undone here; the caller has a `Snapshot`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..capture.candidates import Candidate, find_candidates
 from ..capture.fold_norm import NormFolding
-from ..capture.fuse_activation import ActivationFusing
+from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
 from ..capture.neighbours import NORMS
 from ..capture.site import (
     FOLDED,
+    MADE_ON,
     MEASURED,
     NOTES,
     REPLACES,
@@ -39,7 +39,7 @@ from ..capture.site import (
     marks_of,
 )
 from ..errors import NMError
-from ..graph.follow import activation, module_activation, only_user
+from ..graph.follow import activation, called, module_activation
 from ..kernels import semi_structured
 from ..pattern import Pattern
 from ..plan import obstacle_to_packing
@@ -50,7 +50,6 @@ from .spec import LOWERED, Layer, Spec
 from .tensors import MASK, slots_of
 
 _DENSE = Pattern(1, 1)
-_NORMS = [kind.__name__ for kind in NORMS]
 
 
 def restructure(
@@ -272,32 +271,17 @@ def _drop_fused_nodes(model: nn.Module) -> None:
         modules = dict(gm.named_modules(remove_duplicate=False))
         changed = False
         for node in list(gm.graph.nodes):
-            layer = _called(modules, node)
+            layer = called(modules, node)
             sites: list[Site] = layer.__dict__.get(SITES, []) if layer is not None else []
             if len(sites) != 1 or sites[0].activation == "none":
                 continue
-            source, after = node, only_user(node)
-            while after is not None and _passes_on(_called(modules, after)):
-                source, after = after, only_user(after)
+            source, after = behind(node, modules)
             if after is not None and activation(after, source, modules) == sites[0].activation:
                 after.replace_all_uses_with(source)
                 gm.graph.erase_node(after)
                 changed = True
         if changed:
             gm.recompile()
-
-
-def _called(modules: Mapping[str, nn.Module], node: fx.Node) -> Any:
-    """The module that a node calls; None if it calls something else."""
-    return modules.get(str(node.target)) if node.op == "call_module" else None
-
-
-def _passes_on(module: nn.Module | None) -> bool:
-    """Whether it may stand between a layer and an activation that the layer computes itself.
-
-    An identity in the place of an activation says that this one is gone already.
-    """
-    return type(module) is nn.Identity and module.__dict__.get(REPLACES) in (None, *_NORMS)
 
 
 def _sparsify(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
@@ -349,6 +333,7 @@ def _remark(model: nn.Module, spec: Spec) -> None:
             marks_of(c.host).setdefault(SKIPPED, {})[c.path] = spec.reasons[c.name]
         if c.name in spec.measured:
             marks_of(c.host).setdefault(MEASURED, {})[c.path] = spec.measured[c.name]
-    marks_of(model).pop(NOTES, None)
-    if spec.notes:
-        marks_of(model)[NOTES] = spec.notes
+    for key, value in ((NOTES, spec.notes), (MADE_ON, spec.made_on)):
+        marks_of(model).pop(key, None)
+        if value:
+            marks_of(model)[key] = value

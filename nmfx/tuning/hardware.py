@@ -88,3 +88,10 @@ def parse_size(text: str) -> int:
     """The bytes that the kernel's "32768K" means; 0 for anything else."""
     match = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
     return int(match.group(1)) * _UNITS[match.group(2)] if match else 0
+
+
+def machine(device: torch.device) -> str:
+    """Where kernels are chosen: the processor and, of a CPU, the number of threads."""
+    if device.type == "cuda":
+        return processor(device)
+    return f"{processor(torch.device('cpu'))}, threads: {torch.get_num_threads()}"

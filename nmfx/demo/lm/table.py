@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from statistics import fmean, median
+from collections.abc import Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..meter import FLIPS_EVERY
+from ..numbers import flips_of, numbers_of, sad_of, spread_of
 from ..rows import Row, seeds_text, spread
 from .model import make_model
 from .study import Plan, Study
@@ -50,13 +54,15 @@ def make_table(study: Study) -> Table:
 
 def _cells(row: Row[Result]) -> list[str]:
     bits = spread([result.bits for result in row.results], ".3f")
-    time = median(result.milliseconds for result in row.results)
+    time, flips, sad = _time(row), flips_of(row), sad_of(row)
     speed = [f"{time:.1f}", f"{1e3 / time:.1f}"]
-    if not row.pattern:
+    if flips is None or sad is None:
         return [row.name, "-", bits, "-", "-", *speed]
-    flips = fmean(share for result in row.results for _, share in result.flips)
-    sad = fmean(result.sad for result in row.results)
     return [row.name, f"{row.lambda_w:g}", bits, f"{flips:.2e}", f"{sad:.3f}", *speed]
+
+
+def _time(row: Row[Result]) -> float:
+    return median(result.milliseconds for result in row.results)
 
 
 def legend(plan: Plan) -> list[str]:
@@ -80,25 +86,28 @@ def legend(plan: Plan) -> list[str]:
 
 def difference_lines(study: Study) -> list[str]:
     """SR-STE minus STE, and STE minus dense, seed by seed; below zero is better."""
-    plan = study.plan
-    dense = study.row((None, 0.0))
     lines = ["Bits per byte, same seed against same seed (below 0: the first is better):"]
-    for pattern in plan.patterns:
-        ste = study.row((pattern, 0.0))
-        lines.append(_difference(f"{pattern} STE", ste, "dense", dense))
-        for value in plan.lambdas:
-            name = f"{pattern} SR-STE {value:g}"
-            lines.append(_difference(name, study.row((pattern, value)), f"{pattern} STE", ste))
+    for name, other, gaps in _gaps(study):
+        lines.append(
+            f"  {f'{name} minus {other}':32} {spread(gaps, '+.4f')}, "
+            f"better on {sum(gap < 0 for gap in gaps)} of {len(gaps)} seeds"
+        )
     return lines
 
 
-def _difference(name: str, first: Row[Result], other: str, second: Row[Result]) -> str:
-    gaps = [a.bits - b.bits for a, b in zip(first.results, second.results, strict=True)]
-    wins = sum(gap < 0 for gap in gaps)
-    return (
-        f"  {f'{name} minus {other}':32} {spread(gaps, '+.4f')}, "
-        f"better on {wins} of {len(gaps)} seeds"
-    )
+def _gaps(study: Study) -> Iterator[tuple[str, str, list[float]]]:
+    """(a method, another, bits of the first minus those of the second, one value per seed)."""
+    plan = study.plan
+    dense = study.row((None, 0.0))
+    for pattern in plan.patterns:
+        name, ste = f"{pattern} STE", study.row((pattern, 0.0))
+        yield name, "dense", _minus(ste, dense)
+        for value in plan.lambdas:
+            yield f"{pattern} SR-STE {value:g}", name, _minus(study.row((pattern, value)), ste)
+
+
+def _minus(first: Row[Result], second: Row[Result]) -> list[float]:
+    return [a.bits - b.bits for a, b in zip(first.results, second.results, strict=True)]
 
 
 def packed_lines(study: Study) -> list[str]:
@@ -114,3 +123,31 @@ def packed_lines(study: Study) -> list[str]:
             f"bytes {packed[0].folded_bytes:,} -> {packed[0].lowered_bytes:,}"
         )
     return lines
+
+
+def content(study: Study) -> dict[str, Any]:
+    """All numbers that `print_study` prints."""
+    plan = study.plan
+    return {
+        "task": "lm",
+        "setup": asdict(plan.setup),
+        "seeds": list(plan.shown),
+        "workers": plan.workers,
+        "rows": [
+            {
+                **numbers_of(row),
+                "bits_per_byte": spread_of([result.bits for result in row.results]),
+                "ms_per_step": _time(row),
+            }
+            for row in study.rows
+        ],
+        "differences": [
+            {
+                "method": name,
+                "minus": other,
+                "better": sum(gap < 0 for gap in gaps),
+                **spread_of(gaps),
+            }
+            for name, other, gaps in _gaps(study)
+        ],
+    }

@@ -1,0 +1,70 @@
+"""What `nmfx.lower` did, taken back from a model that it made or that was loaded.
+
+    weight_values, weight_index (buffers)     becomes     weight (Parameter), bit for bit
+    nn.Identity for a ReLU                                nn.ReLU
+    nmfx_linear_nm in a graph                             linear, and the activation behind it
+
+Batch norms that were folded stay so: their tensors are gone.
+
+Ensures: the sites are gone, classes and graphs are not yet restored; `nmfx.sparsify.restore` does
+that. Nothing is undone here; the caller has a `Snapshot`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..errors import NMError
+from ..graph.densify import replace_with_dense
+from ..kernels import semi_structured
+from .fuse_activation import put_back
+from .lowering import Target
+from .site import SiteRef, compressed_names, get_path, iter_sites, stored_names
+
+
+def lowered_sites(model: nn.Module) -> list[SiteRef]:
+    """The lowered sites of a model, checked.
+
+    Raises:
+        NMError: one whose weight cannot be read.
+    """
+    refs = [ref for ref in iter_sites(model) if ref.site.lowered]
+    for ref in refs:
+        site = ref.site
+        stored = get_path(ref.host, stored_names(site)[0])
+        if stored.is_meta:
+            raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
+        if site.state != "semi_structured":
+            continue
+        if get_path(ref.host, compressed_names(site.path)[1]).numel():
+            continue  # of CUTLASS, which can be read anywhere
+        assert site.dtype is not None
+        here, library = f"{stored.device}", semi_structured.CUSPARSELT
+        if stored.device.type == "cuda":
+            here += f", {semi_structured.format_of(library, site.dtype, stored.device)}"
+        if not here.endswith(f", {semi_structured.without_algorithms(site.format)}"):
+            raise NMError(
+                f"{ref.name}: it was compressed as {site.format}, which only such a GPU can read, "
+                f"and it is on {here}; move the model back there and fold it there"
+            )
+    return refs
+
+
+def make_dense(model: nn.Module) -> None:
+    """Gives all lowered layers of a model dense weights, and back what was moved into them.
+
+    Raises:
+        NMError: see `lowered_sites` and `put_back`.
+    """
+    refs = lowered_sites(model)
+    leaves = {ref.name: ref.host for ref in refs if ref.site.activation != "none"}
+    put_back(model, leaves)
+    with torch.inference_mode(False):  # weights must be good for training
+        for ref in reversed(refs):  # each knows the order of the parameters that were left then
+            site = ref.site
+            if site.capture == "graph":
+                assert isinstance(ref.host, fx.GraphModule)
+                stored = stored_names(site)[0]
+                replace_with_dense(ref.host.graph, stored, site.path, site.kind, site.shape)
+            Target.of_site(ref).restore_weight()
