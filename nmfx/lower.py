@@ -49,7 +49,7 @@ from .tuning.progress import progress
 from .tuning.shapes import Recorder, Seen
 from .tuning.table import ASSUMED
 from .tuning.two_forms import check_keep
-from .tuning.whole import whole_ms
+from .tuning.whole import check_cuda_graph, whole_ms
 
 _UNTIMED = "tune=False: every layer that can be packed or compressed is. Nothing was timed."
 _NOTHING_PACKED = (
@@ -126,10 +126,8 @@ def lower(
     """
     check_keep(keep, tune)
     calls = parse_calls(example_inputs)
-    if cuda_graph and not (calls and tune):
-        raise NMError(
-            "cuda_graph=True times a CUDA graph of the example inputs: give some, and tune"
-        )
+    if cuda_graph:
+        check_cuda_graph(model, calls, tune)
     check_classes(model)
     make_plan(model)  # refuse before a copy is made
     model = model if inplace else copy.deepcopy(model)

@@ -547,3 +547,17 @@ def test_peak_memory_in_place(sparsified: bool) -> None:
     assert packed == "True"
     assert float(peak) < 1.15, f"peak is {peak} of the dense weights"
     assert float(after) < 0.8, f"{after} of the dense weights stay resident, {kept} are stored"
+
+
+def test_a_cuda_graph_needs_a_gpu_and_examples() -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 16)), "2:4").eval()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 16)
+    with pytest.raises(nmfx.NMError, match="a CUDA graph is of one GPU, and the model is on none"):
+        nmfx.lower(model, (x,), cuda_graph=True, inplace=True)
+    for kwargs in ({}, {"example_inputs": (x,), "tune": False}):
+        with pytest.raises(nmfx.NMError, match="give some, and tune=True"):
+            nmfx.lower(model, cuda_graph=True, **kwargs)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before), "nothing is changed"
+    assert [row.state for row in nmfx.report(model)] == ["sparse"]

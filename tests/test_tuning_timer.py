@@ -107,9 +107,12 @@ def test_on_a_gpu_graphs_are_timed_where_there_can_be_some(
     """The host's time to launch is no part of a kernel's: cuSPARSELt takes 0.6 ms for a call."""
     seen: list[str] = []
 
-    def capture(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    def capture(
+        run: Callable[[], object], device: torch.device, pool: object
+    ) -> Callable[[], object]:
         if run is odd:
             raise NMError("it cannot be captured")
+        assert pool == "pool"
         return lambda: "replay"
 
     def seconds(device: torch.device, run: Callable[[], object]) -> float:
@@ -124,6 +127,7 @@ def test_on_a_gpu_graphs_are_timed_where_there_can_be_some(
 
     monkeypatch.setattr(timer, "capture", capture)
     monkeypatch.setattr(timer, "_gpu_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     device = torch.device("cuda")
     assert timer.measure({"a": even, "b": odd}, budget_s=0.0, device=device) == {"a": 1.0, "b": 1.0}
     assert set(seen) == {"replay", "odd"}

@@ -186,7 +186,7 @@ class Bench:
             "processor": processor(layer.weight.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "kernels": [kernel_status(layer.weight.device), kernel_digest()],
+            "kernels": [kernel_status(layer.weight.device), kernel_digest(layer.weight.device)],
             "cold": self.is_cold(layer.weight.device),
             "candidates": names(layer),
             "kind": layer.kind,

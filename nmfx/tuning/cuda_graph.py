@@ -12,8 +12,14 @@ from ..errors import NMError
 _WARM_UPS = 3  # as torch's documentation of captures has it
 
 
-def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> Callable[[], None]:
     """A function that replays what `run` does on a GPU.
+
+    Args:
+        run: its result is dropped.
+        device: the GPU.
+        pool: memory of `torch.cuda.graph_pool_handle()`, for graphs of which none is replayed
+            before another has ended; None takes new memory.
 
     Raises:
         NMError: it does something that a CUDA graph cannot hold.
@@ -27,7 +33,7 @@ def capture(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 run()
         except RuntimeError as error:
             raise NMError(

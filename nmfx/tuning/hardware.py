@@ -38,8 +38,11 @@ def processor(device: torch.device) -> str:
 
 
 @functools.cache
-def kernel_digest() -> str:
-    """Tells one build of the native kernels from another."""
+def kernel_digest(device: torch.device = _CPU) -> str:
+    """Tells one build of the kernels from another: the native ones, or Triton's sources."""
+    if device.type == "cuda":
+        sources = sorted(Path(triton_packed.__file__).parent.glob("triton*.py"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     if cpu.isa() is None:
         return ""
     return hashlib.sha256(cpu.LIBRARY.read_bytes()).hexdigest()[:16]

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def measure(
     if device is not None and device.type == "cuda":
         seconds = partial(_gpu_seconds, device)
         if captured:
-            candidates = {name: _replay(run, device) for name, run in candidates.items()}
+            pool = torch.cuda.graph_pool_handle()  # one for all, or each would keep its result
+            candidates = {name: _replay(run, device, pool) for name, run in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     running = dict(candidates)
     end = time.perf_counter() + budget_s
@@ -83,10 +85,10 @@ def _host_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _replay(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def _replay(run: Callable[[], object], device: torch.device, pool: Any) -> Callable[[], object]:
     """A CUDA graph of a run, or the run itself where there can be none."""
     try:
-        replay = capture(run, device)
+        replay = capture(run, device, pool)
     except NMError:
         return run
     replay()

@@ -15,6 +15,29 @@ from .cuda_graph import capture
 _BUDGET_S = 1.0
 
 
+def check_cuda_graph(model: nn.Module, calls: list[Call], tune: bool) -> None:
+    """Checks the argument `cuda_graph=True` of `nmfx.lower`.
+
+    Raises:
+        NMError: nothing is timed, or not on one GPU.
+    """
+    if not (calls and tune):
+        raise NMError(
+            "cuda_graph=True times a CUDA graph of the example inputs: give some, and tune=True"
+        )
+    gpus = sorted(map(str, _gpus(model)))
+    if len(gpus) != 1:
+        raise NMError(
+            f"cuda_graph=True: a CUDA graph is of one GPU, and the model is on "
+            f"{', '.join(gpus) or 'none'}; leave cuda_graph=False"
+        )
+
+
+def _gpus(model: nn.Module) -> set[torch.device]:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return {tensor.device for tensor in tensors if tensor.is_cuda}
+
+
 def whole_ms(model: nn.Module, calls: list[Call], cuda_graph: bool) -> float | None:
     """Milliseconds of all calls together, or None without calls.
 
@@ -23,8 +46,7 @@ def whole_ms(model: nn.Module, calls: list[Call], cuda_graph: bool) -> float | N
     """
     if not calls:
         return None
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    devices = _gpus(model)
     if cuda_graph:
         return _captured_ms(model, calls, devices)
 
@@ -37,11 +59,6 @@ def whole_ms(model: nn.Module, calls: list[Call], cuda_graph: bool) -> float | N
 
 
 def _captured_ms(model: nn.Module, calls: list[Call], devices: set[torch.device]) -> float:
-    if len(devices) != 1:
-        raise NMError(
-            f"cuda_graph=True: a CUDA graph is of one GPU, and the model is on "
-            f"{', '.join(sorted(map(str, devices))) or 'none'}; leave cuda_graph=False"
-        )
     (device,) = devices
     try:
         replay = capture(lambda: [model(*args, **kwargs) for args, kwargs in calls], device)
