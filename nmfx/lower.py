@@ -77,11 +77,12 @@ def lower(
 
     Takes sparsified and folded models, in train or eval mode, partly dense. Layers are timed cold
     or warm as the model's size demands, and dense wins ties, so the result is not slower than the
-    folded model, whose outputs it computes, within rounding. Gradients reach inputs and dense
-    weights, and are refused for packed ones. The state_dict holds plain tensors: `weight_values`
-    and `weight_index` in place of the `weight` of a packed layer; `weight_compressed`,
-    `weight_meta` and `weight_format` of a semi-structured one. `nmfx.report` tells for each layer
-    what was measured, what was chosen and why.
+    folded model, whose outputs it computes, within rounding. (On a GPU layers are timed without
+    what the host needs to launch them; only example inputs show that, in the whole model's time.)
+    Gradients reach inputs and dense weights, and are refused for packed ones. The state_dict holds
+    plain tensors: `weight_values` and `weight_index` in place of the `weight` of a packed layer;
+    `weight_compressed`, `weight_meta` and `weight_format` of a semi-structured one. `nmfx.report`
+    tells for each layer what was measured, what was chosen and why.
 
     With `keep` a linear layer may hold its weight in two forms, and takes one by the number of rows
     of its input: packed for few (decoding), say, and dense for many (a prompt). It does so if the

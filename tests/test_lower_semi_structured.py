@@ -372,7 +372,11 @@ def test_gpu_time_is_taken_between_events(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
     device = torch.device("cuda")
     found = timer.measure(
-        {"dense": lambda: log.append("run")}, lambda: log.append("evict"), 0.0, device
+        {"dense": lambda: log.append("run")},
+        lambda: log.append("evict"),
+        0.0,
+        device,
+        captured=False,
     )
     assert found == {"dense": 2.5}
     assert log[:2] == ["run", "evict"], "a warm-up, then the caches are emptied"

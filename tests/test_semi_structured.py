@@ -253,7 +253,19 @@ def test_a_format_names_its_algorithms() -> None:
     assert text == f"{plain} algorithms 8:3 2048:17"
     assert semi.without_algorithms(text) == plain
     assert semi.algorithms_of(text) == (8, 3, 2048, 17)
-    for bad in ("8", "8:3:4", "8:x", "8:3 ", "8: 3", "8:64", "-8:3", "٨:3"):
+    for bad in (
+        "8",
+        "8:3:4",
+        "8:x",
+        "8:3 ",
+        "8: 3",
+        "8:64",
+        "-8:3",
+        "٨:3",
+        "8:3 8:4",
+        "9:3 8:4",
+        "9" * 5000,
+    ):
         with pytest.raises(NMError, match="cannot be"):
             semi.algorithms_of(f"{plain} algorithms {bad}")
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from ..kernels.semi_structured import with_algorithms
+from ..kernels.semi_structured import with_algorithms, without_algorithms
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
@@ -169,7 +169,9 @@ class Target:
                 for key, tensor in zip(form_names(name, form), tensors[form], strict=True):
                     owner.register_buffer(key, tensor)
         if "semi_structured" in forms:
-            owner.register_buffer(format_name(name), format_tensor(format).to(self.device))
+            # Without algorithms: a state_dict fits every model that has the form.
+            text = format_tensor(without_algorithms(format)).to(self.device)
+            owner.register_buffer(format_name(name), text)
         # While the weight still exists: graph uses are found by its name.
         self._add_site(state, threshold)
         if "dense" in forms:

@@ -20,6 +20,7 @@ Both want shapes that divide; zeros fill up what does not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -340,10 +341,13 @@ def algorithms_of(format: str) -> tuple[int, ...]:
         NMError: it names them in another way than `with_algorithms` does.
     """
     text = format.partition(_ALGORITHMS)[2]
-    found = tuple(int(n) for pair in text.split() for n in pair.split(":") if n.isdecimal())
-    legal = all(n < _MOST_ALGORITHMS for n in found[1::2]) and len(found) % 2 == 0
+    words = [word for pair in text.split() for word in pair.split(":")]
+    found = tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else -1 for w in words)
+    rows, numbers = found[::2], found[1::2]
+    legal = len(rows) == len(numbers) and list(rows) == sorted(set(rows))
+    legal &= all(0 <= number < _MOST_ALGORITHMS for number in numbers) and -1 not in rows
     if not legal or with_algorithms(without_algorithms(format), found) != format:
-        raise NMError(f"a weight cannot be {format!r}")
+        raise NMError(f"a weight cannot be {format[:200]!r}")
     return found
 
 

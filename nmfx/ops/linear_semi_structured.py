@@ -111,7 +111,13 @@ def _forward(
 ) -> Tensor:
     _check(input, compressed, meta, bias, out, into, dtype)
     x = input.reshape(-1, into)
-    y = multiply(x, compressed, meta, bias, out, algorithm_for(len(x), algorithms))
+    algorithm = algorithm_for(len(x), algorithms)
+    try:
+        y = multiply(x, compressed, meta, bias, out, algorithm)
+    except RuntimeError:
+        if not algorithm:
+            raise
+        y = multiply(x, compressed, meta, bias, out)  # measured for other rows, and not for these
     return y.view(*input.shape[:-1], out)
 
 

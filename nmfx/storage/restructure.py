@@ -103,7 +103,10 @@ def _check_existing(refs: Mapping[str, SiteRef], wanted: Mapping[str, Layer]) ->
         if same != (layer.shape, layer.dim, layer.kind, layer.groups):
             raise NMError(f"{name}: it is {same} in the model and another layer in the file")
         mine, its = (
-            (one.state, one.pattern, one.activation, one.dtype, one.format, one.threshold)
+            (
+                *(one.state, one.pattern, one.activation, one.dtype, one.threshold),
+                semi_structured.without_algorithms(one.format),
+            )
             for one in (site, layer)
         )
         if (site.lowered or layer.state in LOWERED) and mine != its:

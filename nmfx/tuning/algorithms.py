@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from ..calls import TOLERANCE, relative_error
+from ..calls import relative_error, tolerance
 from ..errors import NMError
 from ..kernels import semi_structured
 from . import timer
@@ -40,7 +40,7 @@ def fastest_algorithm(
     errors = []
     for name in sorted(ms, key=lambda name: ms[name]):
         errors.append(relative_error(expected, product(int(name))))
-        if errors[-1] <= TOLERANCE.get(expected.dtype, 0.0):
+        if errors[-1] <= tolerance(expected):
             return int(name)
     raise NMError(
         f"cuSPARSELt: all {len(numbers)} algorithms differ from dense, the nearest by "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..calls import TOLERANCE, relative_error
+from ..calls import relative_error, tolerance
 from ..capture.site import forms_of
 from ..errors import NMError
 from . import cache, timer
@@ -173,7 +173,7 @@ class Bench:
             except (RuntimeError, NMError) as why:  # what a library does not take; out of memory
                 self.dropped.append(f"{name}: {key} failed and was not used: {_line(why)}")
                 continue
-            if error <= TOLERANCE.get(expected.dtype, 0.0):
+            if error <= tolerance(expected):
                 right.append(key)
             else:
                 text = f"{name}: {key} differs from dense by {error:.1e} and was not used"
@@ -186,6 +186,7 @@ class Bench:
             "processor": processor(layer.weight.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "float32": torch.get_float32_matmul_precision(),
             "kernels": [kernel_status(layer.weight.device), kernel_digest(layer.weight.device)],
             "cold": self.is_cold(layer.weight.device),
             "candidates": names(layer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,20 +25,28 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> C
     Raises:
         NMError: it does something that a CUDA graph cannot hold.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
+    try:
+        # Around all: where a capture fails, torch leaves its stream the current one.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
             for _ in range(_WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
-        try:
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads may allocate meanwhile: a loader that pins memory, say.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 run()
-        except RuntimeError as error:
-            raise NMError(
-                f"it cannot be captured in a CUDA graph: "
-                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
-            ) from error
+            stream.synchronize()
+    except RuntimeError as error:
+        raise NMError(
+            f"it cannot be captured in a CUDA graph: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
     return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)

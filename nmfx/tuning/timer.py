@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def measure(
         evict: called before every run, outside the time; None for weights that stay in the cache.
         budget_s: wall time to spend, warm-up not counted.
         device: a GPU that the runs keep busy: then its time is taken, and not the host's.
-        captured: on a GPU, time CUDA graphs of the runs where they can be captured. cuSPARSELt
+        captured: on a GPU, time CUDA graphs of the runs, if all can be captured. cuSPARSELt
             takes the host longer to launch than any lead that the host could be given.
 
     Returns:
@@ -61,8 +60,7 @@ def measure(
     if device is not None and device.type == "cuda":
         seconds = partial(_gpu_seconds, device)
         if captured:
-            pool = torch.cuda.graph_pool_handle()  # one for all, or each would keep its result
-            candidates = {name: _replay(run, device, pool) for name, run in candidates.items()}
+            candidates = _replays(candidates, device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     running = dict(candidates)
     end = time.perf_counter() + budget_s
@@ -85,14 +83,18 @@ def _host_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _replay(run: Callable[[], object], device: torch.device, pool: Any) -> Callable[[], object]:
-    """A CUDA graph of a run, or the run itself where there can be none."""
+def _replays(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device
+) -> Mapping[str, Callable[[], object]]:
+    """CUDA graphs of the runs; the runs where there can be none of one, as all must be alike."""
+    pool = torch.cuda.graph_pool_handle()  # one for all, or each would keep its result
     try:
-        replay = capture(run, device, pool)
+        replays = {name: capture(run, device, pool) for name, run in candidates.items()}
     except NMError:
-        return run
-    replay()
-    return replay
+        return candidates
+    for replay in replays.values():
+        replay()
+    return replays
 
 
 # Clock cycles that a GPU waits before a run, about 0.6 ms: by then the host has launched all of
