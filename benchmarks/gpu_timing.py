@@ -19,20 +19,7 @@ def interleave(candidates: dict[str, Callable[[], object]], rounds: int) -> dict
     for call in candidates.values():
         call()  # the first call compiles
         call()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-    names = list(candidates)
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            flushed.zero_()
-            pair[0].record()
-            candidates[name]()
-            pair[1].record()
-            events.setdefault(name, []).append(pair)
-    torch.cuda.synchronize()
-    times = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
-    return {name: Timing(statistics.median(ms), min(ms), len(ms)) for name, ms in times.items()}
+    return _in_turn(candidates, rounds, flushed.zero_)
 
 
 def interleave_graphs(
@@ -45,31 +32,40 @@ def interleave_graphs(
             fit into the cache; a graph runs them one after the other, and the time is that of one.
         rounds: how often each graph is replayed.
     """
-    graphs = {}
+    replays = {}
     for name, calls in candidates.items():
         calls[0]()  # the first call compiles
         torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             for call in calls:
                 call()
-        graphs[name].replay()
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        graph.replay()
+        replays[name] = graph.replay
+    found = _in_turn(replays, rounds, lambda: None)
+    return {
+        name: Timing(t.median / len(candidates[name]), t.min / len(candidates[name]), t.rounds)
+        for name, t in found.items()
+    }
+
+
+def _in_turn(
+    candidates: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object]
+) -> dict[str, Timing]:
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
     names = list(candidates)
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            before()
             pair[0].record()
-            graphs[name].replay()
+            candidates[name]()
             pair[1].record()
-            pairs.setdefault(name, []).append(pair)
+            events.setdefault(name, []).append(pair)
     torch.cuda.synchronize()
-    found = {}
-    for name, events in pairs.items():
-        ms = [a.elapsed_time(b) / len(candidates[name]) for a, b in events]
-        found[name] = Timing(statistics.median(ms), min(ms), len(ms))
-    return found
+    times = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
+    return {name: Timing(statistics.median(ms), min(ms), len(ms)) for name, ms in times.items()}
 
 
 def gpu() -> str:

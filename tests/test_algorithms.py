@@ -51,8 +51,8 @@ def test_each_number_of_rows_gets_its_algorithm(
     )
     model = nmfx.sparsify(make().eval(), {"": "2:4"} if capture == "graph" else "2:4").eval()
     fast = nmfx.lower(model, [(X,), (X[:1],)])
-    formats = {ref.site.format for ref in iter_sites(fast) if ref.site.state == "semi_structured"}
-    assert formats == {f"{semi.CUTLASS.name} torch.bfloat16 algorithms 1:11 3:13"}
+    chosen = {ref.site.algorithms for ref in iter_sites(fast) if ref.site.format}
+    assert chosen == {(1, 11, 3, 13)}
     nmfx.save(fast, tmp_path / "fast.safetensors")
     loaded = nmfx.load(tmp_path / "fast.safetensors", into=make().eval())
     for one in (fast, loaded):
@@ -74,11 +74,41 @@ def test_a_time_is_remembered_with_its_algorithm(
     again = nmfx.lower(model, (X,))
     assert timed is not None
     one, other = (
-        {ref.name: ref.site.format for ref in iter_sites(m) if ref.site.lowered}
+        {ref.name: ref.site.algorithms for ref in iter_sites(m) if ref.site.lowered}
         for m in (first, again)
     )
     assert one == other
-    assert all(text.endswith("algorithms 3:13") for text in one.values())
+    assert set(one.values()) == {(3, 13)}
+
+
+def test_other_choices_of_the_same_form(
+    used: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state_dict holds weights, and fits; a file holds choices too, and says that they differ."""
+    install(monkeypatch, SEMI_WINS)
+    model = nmfx.sparsify(Mlp().bfloat16(), "2:4").eval()
+    one, other = nmfx.lower(model, (X,)), nmfx.lower(model, (X[:1],))
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other(X), one(X))
+    nmfx.save(one, tmp_path / "one.safetensors")
+    with pytest.raises(nmfx.NMError, match=r"algorithms \[1, 11\]\) in the model and semi_struct"):
+        nmfx.load(tmp_path / "one.safetensors", into=other)
+
+
+@pytest.mark.parametrize("bad", [(3,), (3, 64), (3, 1, 3, 2)])
+def test_a_file_with_algorithms_that_are_none_is_refused(
+    bad: tuple[int, ...],
+    used: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, SEMI_WINS)
+    fast = nmfx.lower(nmfx.sparsify(Mlp().bfloat16(), "2:4").eval(), (X,))
+    ref = next(ref for ref in iter_sites(fast) if ref.site.format)
+    ref.site.algorithms = bad
+    nmfx.save(fast, tmp_path / "bad.safetensors")
+    with pytest.raises(nmfx.NMError, match=r"algorithms=\["):
+        nmfx.load(tmp_path / "bad.safetensors", into=Mlp().bfloat16().eval())
 
 
 def test_the_names_of_times_hold_the_algorithm() -> None:

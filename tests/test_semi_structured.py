@@ -245,29 +245,12 @@ def test_the_algorithm_is_that_of_the_nearest_number_of_rows() -> None:
     assert semi.algorithm_for(100, ()) == 0
 
 
-def test_a_format_names_its_algorithms() -> None:
-    plain = "cuSPARSELt torch.bfloat16 800 for 9.0"
-    assert semi.with_algorithms(plain, ()) == plain
-    assert semi.algorithms_of(plain) == ()
-    text = semi.with_algorithms(plain, (8, 3, 2048, 17))
-    assert text == f"{plain} algorithms 8:3 2048:17"
-    assert semi.without_algorithms(text) == plain
-    assert semi.algorithms_of(text) == (8, 3, 2048, 17)
-    for bad in (
-        "8",
-        "8:3:4",
-        "8:x",
-        "8:3 ",
-        "8: 3",
-        "8:64",
-        "-8:3",
-        "٨:3",
-        "8:3 8:4",
-        "9:3 8:4",
-        "9" * 5000,
-    ):
-        with pytest.raises(NMError, match="cannot be"):
-            semi.algorithms_of(f"{plain} algorithms {bad}")
+def test_algorithms_are_pairs_with_increasing_rows() -> None:
+    for good in ((), (8, 3), (0, 0, 2048, 63)):
+        semi.check_algorithms(good)
+    for bad in ((8,), (8, 64), (8, -1), (8, 3, 8, 4), (9, 3, 8, 4), (8, 3, 9)):
+        with pytest.raises(NMError, match="are not rows, algorithm"):
+            semi.check_algorithms(bad)
 
 
 def test_cusparselt_needs_its_gpu() -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from ..kernels.semi_structured import with_algorithms, without_algorithms
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
@@ -134,7 +133,7 @@ class Target:
             NMError: the weight or its device has no such form.
         """
         tensors = {form: self._made(form) for form in forms_of(state)}
-        self.adopt(state, tensors, with_algorithms(self._format, algorithms), threshold)
+        self.adopt(state, tensors, self._format, algorithms, threshold)
 
     def _made(self, form: str) -> tuple[Tensor, ...]:
         weight, c = self.weight, self.candidate
@@ -150,12 +149,13 @@ class Target:
         state: str,
         tensors: Mapping[str, tuple[Tensor, ...]],
         format: str = "",
+        algorithms: tuple[int, ...] = (),
         threshold: int = 0,
     ) -> None:
         """Swaps the weight for what is made of it, or what a file holds of it: `lower` done.
 
         Args:
-            state, threshold: see `lower`.
+            state, algorithms, threshold: see `lower`.
             tensors: by form (values, index) or (compressed, meta), checked; none for those that
                 keep the weight.
             format: of semi-structured tensors.
@@ -169,11 +169,9 @@ class Target:
                 for key, tensor in zip(form_names(name, form), tensors[form], strict=True):
                     owner.register_buffer(key, tensor)
         if "semi_structured" in forms:
-            # Without algorithms: a state_dict fits every model that has the form.
-            text = format_tensor(without_algorithms(format)).to(self.device)
-            owner.register_buffer(format_name(name), text)
+            owner.register_buffer(format_name(name), format_tensor(format).to(self.device))
         # While the weight still exists: graph uses are found by its name.
-        self._add_site(state, threshold)
+        self._add_site(state, algorithms, threshold)
         if "dense" in forms:
             self.weight.requires_grad_(False)
         else:
@@ -186,7 +184,7 @@ class Target:
         self.candidate.host.__dict__[COPY] = WeightCopy()
         self._add_site("prepacked")
 
-    def _add_site(self, state: str, threshold: int = 0) -> None:
+    def _add_site(self, state: str, algorithms: tuple[int, ...] = (), threshold: int = 0) -> None:
         c, store = self.candidate, self._make_store()
         is_compressed = "semi_structured" in forms_of(state)
         site = Site(
@@ -202,6 +200,7 @@ class Target:
             groups=c.groups,
             dtype=self._dtype if is_compressed else None,
             format=self._format if is_compressed else "",
+            algorithms=algorithms if is_compressed else (),
             threshold=threshold,
             order=tuple(self._order),
             requires_grad=self._requires_grad,

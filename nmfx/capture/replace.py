@@ -14,7 +14,6 @@ from ..graph.rewrite import (
     replace_with_prepacked,
     replace_with_semi_structured,
 )
-from ..kernels.semi_structured import algorithms_of
 from .site import COPY, Site, compressed_names, form_names, forms_of, packed_names
 
 
@@ -32,17 +31,16 @@ def replace_uses(graph: fx.Graph, uses: Sequence[Use], site: Site) -> None:
     elif site.state == "semi_structured":
         assert site.dtype is not None
         names = compressed_names(site.path)
-        algorithms = algorithms_of(site.format)
-        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype, algorithms)
+        replace_with_semi_structured(graph, uses, *names, site.shape, site.dtype, site.algorithms)
     elif site.state == "prepacked":
         replace_with_prepacked(graph, uses, COPY, site.shape)
     else:
-        constants: dict[str, tuple[Any, ...]] = {
+        by_form: dict[str, tuple[Any, ...]] = {
             "packed": (site.pattern.n, site.pattern.m),
-            "semi_structured": (site.dtype, algorithms_of(site.format)),
+            "semi_structured": (site.dtype, site.algorithms),
             "dense": (site.dim == 0,),
         }
         few, many = (
-            (form, form_names(site.path, form), constants[form]) for form in forms_of(site.state)
+            (form, form_names(site.path, form), by_form[form]) for form in forms_of(site.state)
         )
         replace_with_by_rows(graph, uses, few, many, site.shape, site.threshold, site.activation)

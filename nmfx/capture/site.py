@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import NMError
-from ..kernels.semi_structured import without_algorithms
 from ..ops.sr_ste import make_control
 from ..pattern import Pattern
 from .packed import check_compressed, check_same_weight, check_weight, packed_weight_shapes
@@ -57,6 +56,7 @@ class Site:
         activation: that a packed layer of leaf capture applies to its result. (A graph shows it.)
         dtype: of a semi-structured weight, whose tensors are bytes; else None.
         format: what those bytes are, see `nmfx.kernels.semi_structured.format_of`; else "".
+        algorithms: of those bytes, see `nmfx.kernels.semi_structured.algorithm_for`.
         threshold: of a layer in two forms: inputs of up to so many rows use the first; else 0.
         order: of a lowered weight: the parameters of its owner as they stood before, by name.
         requires_grad: of a lowered weight: what the parameter was set to.
@@ -76,6 +76,7 @@ class Site:
     activation: str = "none"
     dtype: torch.dtype | None = None
     format: str = ""
+    algorithms: tuple[int, ...] = ()
     threshold: int = 0
     order: tuple[str, ...] = ()
     requires_grad: bool = True
@@ -321,8 +322,7 @@ def _check_format(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
     text = "something that it does not name"
     if found is not None and found.dtype == torch.uint8:
         text = bytes(found.flatten().tolist()).decode("latin1")
-    same = without_algorithms(text) == without_algorithms(site.format)
-    if not same or any(tensor.dtype != torch.uint8 for tensor in given):
+    if text != site.format or any(tensor.dtype != torch.uint8 for tensor in given):
         raise NMError(
             f"{prefix}{site.path}: this layer holds {site.format}, and what is to be loaded was "
             f"compressed as {text} ({', '.join(str(tensor.dtype) for tensor in given)}); lower the "

@@ -43,7 +43,7 @@ def lowered_sites(model: nn.Module) -> list[SiteRef]:
         here, library = f"{stored.device}", semi_structured.CUSPARSELT
         if stored.device.type == "cuda":
             here += f", {semi_structured.format_of(library, site.dtype, stored.device)}"
-        if not here.endswith(f", {semi_structured.without_algorithms(site.format)}"):
+        if not here.endswith(f", {site.format}"):
             raise NMError(
                 f"{ref.name}: it was compressed as {site.format}, which only such a GPU can read, "
                 f"and it is on {here}; move the model back there and fold it there"

@@ -20,7 +20,6 @@ Both want shapes that divide; zeros fill up what does not.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -318,37 +317,16 @@ def algorithm_for(rows: int, algorithms: Sequence[int]) -> int:
     return found
 
 
-_ALGORITHMS = " algorithms "
-
-
-def with_algorithms(format: str, algorithms: Sequence[int]) -> str:
-    """A format that also says which algorithms are used, see `algorithm_for`."""
-    if not algorithms:
-        return format
-    pairs = zip(algorithms[::2], algorithms[1::2], strict=True)
-    return format + _ALGORITHMS + " ".join(f"{rows}:{number}" for rows, number in pairs)
-
-
-def without_algorithms(format: str) -> str:
-    """What the bytes are, whichever algorithms are used: of `format_of`."""
-    return format.partition(_ALGORITHMS)[0]
-
-
-def algorithms_of(format: str) -> tuple[int, ...]:
-    """The algorithms that a format names.
+def check_algorithms(algorithms: Sequence[int]) -> None:
+    """Checks what claims to be the second argument of `algorithm_for`.
 
     Raises:
-        NMError: it names them in another way than `with_algorithms` does.
+        NMError: not pairs, rows that do not increase, or a number that no library has.
     """
-    text = format.partition(_ALGORITHMS)[2]
-    words = [word for pair in text.split() for word in pair.split(":")]
-    found = tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else -1 for w in words)
-    rows, numbers = found[::2], found[1::2]
-    legal = len(rows) == len(numbers) and list(rows) == sorted(set(rows))
-    legal &= all(0 <= number < _MOST_ALGORITHMS for number in numbers) and -1 not in rows
-    if not legal or with_algorithms(without_algorithms(format), found) != format:
-        raise NMError(f"a weight cannot be {format[:200]!r}")
-    return found
+    rows, numbers = algorithms[::2], algorithms[1::2]
+    fits = len(rows) == len(numbers) and list(rows) == sorted(set(rows))
+    if not fits or not all(0 <= number < _MOST_ALGORITHMS for number in numbers):
+        raise NMError(f"algorithms={list(algorithms)} are not rows, algorithm, rows, algorithm ...")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..capture.packed import check_compressed, check_same_weight, check_weight
 from ..capture.site import compressed_names, form_names, format_name, forms_of, packed_names
 from ..errors import NMError
-from ..kernels.semi_structured import algorithms_of, without_algorithms
+from ..kernels.semi_structured import check_algorithms
 from ..mask import is_nm
 from .files import Source
 from .spec import Layer, Spec
@@ -73,6 +73,9 @@ def _check_layer(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None
         raise NMError(f"its activation is {layer.activation}, although it is {state}")
     if (layer.format != "") != ("semi_structured" in forms):
         raise NMError(f"its format is {layer.format!r}, although it is {state}")
+    if layer.algorithms and "semi_structured" not in forms:
+        raise NMError(f"it has algorithms, although it is {state}")
+    check_algorithms(layer.algorithms)
     if (layer.threshold > 0) != (len(forms) > 1):
         raise NMError(f"its threshold is {layer.threshold}, although it is {state}")
     for form in forms:
@@ -98,8 +101,7 @@ def _check_compressed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) ->
         if tensors[key].dtype != torch.uint8:
             raise NMError(f"{key} is {tensors[key].dtype}, not uint8")
     text = bytes(tensors[format_name(name)].flatten().tolist()).decode("latin1")
-    algorithms_of(layer.format)  # refuses what it does not understand
-    if without_algorithms(text) != without_algorithms(layer.format):
+    if text != layer.format:
         raise NMError(f"it is called {layer.format!r} and {text!r}")
     assert layer.dtype is not None  # see `_check_layer`
     compressed, meta = (tensors[key] for key in compressed_names(name))

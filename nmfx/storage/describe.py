@@ -140,6 +140,7 @@ def _site_layer(ref: SiteRef) -> Layer:
         site.activation,
         site.dtype,
         site.format,
+        site.algorithms,
         site.threshold,
     )
 

@@ -102,18 +102,22 @@ def _check_existing(refs: Mapping[str, SiteRef], wanted: Mapping[str, Layer]) ->
         same = (site.shape, site.dim, site.kind, site.groups)
         if same != (layer.shape, layer.dim, layer.kind, layer.groups):
             raise NMError(f"{name}: it is {same} in the model and another layer in the file")
-        mine, its = (
-            (
-                *(one.state, one.pattern, one.activation, one.dtype, one.threshold),
-                semi_structured.without_algorithms(one.format),
-            )
-            for one in (site, layer)
-        )
+        mine, its = (_choice(one) for one in (site, layer))
         if (site.lowered or layer.state in LOWERED) and mine != its:
             raise NMError(
-                f"{name}: it is {site.state} ({site.pattern.text}) in the model and {layer.state} "
-                f"({layer.pattern.text}) in the file; load into the dense model"
+                f"{name}: it is {mine} in the model and {its} in the file; load into the dense "
+                f"model"
             )
+
+
+def _choice(one: Site | Layer) -> str:
+    """What a lowered layer was made to be, in words."""
+    words = [one.pattern.text, *([] if one.activation == "none" else [one.activation]), one.format]
+    if one.algorithms:
+        words.append(f"algorithms {list(one.algorithms)}")
+    if one.threshold:
+        words.append(f"up to {one.threshold} rows")
+    return f"{one.state} ({', '.join(word for word in words if word)})"
 
 
 def _check_shared(model: nn.Module, spec: Spec, layers: Mapping[str, Layer]) -> None:
@@ -216,7 +220,7 @@ def _lower(
             form: _moved(name, form, layer, target, tensors, place)
             for form in forms_of(layer.state)
         }
-        target.adopt(layer.state, moved, layer.format, layer.threshold)
+        target.adopt(layer.state, moved, layer.format, layer.algorithms, layer.threshold)
         targets.append(target)
         if layer.activation != "none" and c.capture == "leaf":
             c.host.__dict__[SITES][0].activation = layer.activation
@@ -253,7 +257,7 @@ def _moved(
             if isinstance(backend, str)
             else semi_structured.format_of(backend, dtype, device)
         )
-        if here != semi_structured.without_algorithms(layer.format):
+        if here != layer.format:
             raise NMError(
                 f"{name}: the file holds it as {layer.format}, and {device} has {here}; lower the "
                 f"dense model here"

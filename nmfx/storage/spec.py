@@ -65,6 +65,7 @@ class Layer:
     activation: str = "none"
     dtype: torch.dtype | None = None
     format: str = ""
+    algorithms: tuple[int, ...] = ()
     threshold: int = 0
 
 
@@ -260,6 +261,7 @@ _LAYER: dict[str, _Reader] = {
     "activation": _one_of(*ACTIVATIONS),
     "dtype": _optional_dtype,
     "format": _text,
+    "algorithms": _list(_integer(0, _MAX_SIZE)),
     "threshold": _integer(0, _MAX_SIZE),
 }
 _SPEC: dict[str, _Reader] = {

@@ -26,10 +26,11 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> C
         NMError: it does something that a CUDA graph cannot hold.
     """
     graph, stream = torch.cuda.CUDAGraph(), _stream(device)
+    users = torch.cuda.current_stream(device)
     try:
         # Around all: where a capture fails, torch leaves its stream the current one.
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            stream.wait_stream(torch.cuda.default_stream())
+            stream.wait_stream(users)
             for _ in range(_WARM_UPS):
                 run()
             # Other threads may allocate meanwhile: a loader that pins memory, say.
