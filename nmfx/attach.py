@@ -82,7 +82,8 @@ class Attachment:
         # Fused optimizers divide by the loss scale themselves; GradScaler lends it for the step.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         controls: dict[tuple[float, int, torch.device], Tensor] = {}
-        for ref in self._live():
+        tied = {id(ref.parameter): ref for ref in self._live()}
+        for ref in tied.values():  # each weight once, also where several layers share it
             weight, site = ref.parameter, ref.site
             if weight.grad is None or site.state != "sparse" or site.lambda_w == 0.0:
                 continue

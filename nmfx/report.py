@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
+from .capture.own_weights import own_weights
 from .capture.site import (
     COPY,
     MADE_ON,
@@ -43,7 +44,8 @@ class Row:
 
     Attributes:
         fqn: fully qualified name of the parameter.
-        kind: "linear", "addmm", "conv", "conv_transpose", or the class of what nmfx leaves alone.
+        kind: "linear", "addmm", "conv", "conv_transpose", "recurrent", "bilinear", "experts", or
+            the class of what nmfx leaves alone.
         shape: of the dense weight.
         pattern: the pattern in force, or None for a dense layer.
         state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed",
@@ -304,7 +306,7 @@ def _row(candidate: Candidate) -> Row:
 def _explanation(candidate: Candidate) -> str:
     site = candidate.site
     assert site is not None
-    if site.capture == "scoped" and not isinstance(candidate.host, nn.MultiheadAttention):
+    if site.capture == "scoped" and own_weights(candidate.host) is None:
         return "its forward does not trace, so it runs on a stand-in with the masked weight"
     return ""
 

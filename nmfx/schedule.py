@@ -43,8 +43,8 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
             which the first match counts; layers that none matches keep theirs.
 
     Raises:
-        NMError: M does not divide a layer's axis, a layer is frozen, a rule that is None or
-            matches no sparsified layer. Nothing is changed then.
+        NMError: M does not divide a layer's axis, a layer is frozen, two patterns for a tied
+            weight, a rule that is None or matches no sparsified layer. Nothing is changed then.
     """
     refs = sites_of(model, "set_pattern")
     parsed = parse_rules(rules)
@@ -59,6 +59,7 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
         if pattern is not None and pattern != ref.site.pattern:
             _check_change(ref, pattern)
             changes.append((ref, pattern))
+    _check_tied(refs, {ref.name: pattern for ref, pattern in changes})
     if any(pattern.m != ref.site.pattern.m for ref, pattern in changes):
         check_classes(model)
     for ref, pattern in changes:
@@ -72,6 +73,19 @@ def change_pattern(ref: SiteRef, pattern: Pattern) -> None:
     ref.refresh_control()
     if new_code:
         refresh(ref.host, ref.store)
+
+
+def _check_tied(refs: list[SiteRef], changes: dict[str, Pattern]) -> None:
+    """Refuses two patterns for one parameter."""
+    seen: dict[int, tuple[str, Pattern]] = {}
+    for ref in refs:
+        pattern = changes.get(ref.name, ref.site.pattern)
+        name, other = seen.setdefault(id(ref.parameter), (ref.name, pattern))
+        if other != pattern:
+            raise NMError(
+                f"{name} and {ref.name} are one tensor, which cannot be both {other} and "
+                f"{pattern}; change both"
+            )
 
 
 def _check_change(ref: SiteRef, pattern: Pattern) -> None:

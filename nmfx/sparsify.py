@@ -23,6 +23,7 @@ from .capture.site import (
     iter_sites,
     marks_of,
 )
+from .capture.tied import admit_tied
 from .errors import NMError
 from .pattern import Pattern
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
@@ -31,7 +32,9 @@ from .policy import Decision, Rules, check_lambda, decide, parse_rules
 DEFAULT_LAMBDA_W = 2e-4
 
 
-def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA_W) -> nn.Module:
+def sparsify(
+    model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA_W, tied: bool = False
+) -> nn.Module:
     """Rewrites linear and conv layers so that they compute with N:M masked weights.
 
     In place; parameters, state_dict keys, hooks and `isinstance` stay as they are. Train as
@@ -47,20 +50,27 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
             policy, also under the glob "*", keeps the output layer dense; any other rule that
             matches it includes it. Layers that no rule matches stay dense.
         lambda_w: strength of the decay of pruned weights, >= 0; 0 is plain STE.
+        tied: admit weights that several modules share; they stay dense otherwise. All modules
+            that share one are masked, an `nn.Embedding` among them too (name the output layer in a
+            rule: `{"lm_head": "2:4", "*": "2:4"}`), so that they still agree after `nmfx.fold`. The
+            decay inside backward counts once per use, that of `nmfx.attach` once.
 
     Returns:
         `model` itself.
 
     Raises:
-        NMError: a pattern, rule or lambda that does not hold, a rule that matches no module, an
-            exact name that cannot be sparsified, a layer that already has another pattern, or
-            nothing to sparsify. The model is unchanged then.
+        NMError: a pattern, rule or lambda that does not hold, two patterns for a tied weight, a
+            rule that matches no module, an exact name that cannot be sparsified, a layer that
+            already has another pattern, or nothing to sparsify. The model is unchanged then.
 
     Reference: arXiv 2102.04010.
     """
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
-    decisions = decide(model, find_candidates(model), parse_rules(rules))
+    candidates = find_candidates(model)
+    if tied:
+        candidates = admit_tied(model, candidates)
+    decisions = decide(model, candidates, parse_rules(rules))
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     if not chosen:

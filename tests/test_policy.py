@@ -428,13 +428,13 @@ def test_recurrent_and_bilinear_rows_are_listed() -> None:
         }
     )
     nmfx.sparsify(model, "2:4")
-    rows = [(row.fqn, row.kind, row.shape, row.reason) for row in nmfx.report(model)][:-2]
+    rows = [(row.fqn, row.kind, row.shape, row.state) for row in nmfx.report(model)][:-2]
     assert rows == [
-        ("lstm.weight_ih_l0", "LSTM", (32, 8), "nmfx does not rewrite nn.LSTM yet"),
-        ("lstm.weight_hh_l0", "LSTM", (32, 8), "nmfx does not rewrite nn.LSTM yet"),
-        ("gru.weight_ih", "GRUCell", (24, 8), "nmfx does not rewrite nn.GRUCell yet"),
-        ("gru.weight_hh", "GRUCell", (24, 8), "nmfx does not rewrite nn.GRUCell yet"),
-        ("bilinear.weight", "Bilinear", (4, 8, 8), "nmfx does not rewrite nn.Bilinear yet"),
+        ("lstm.weight_ih_l0", "recurrent", (32, 8), "sparse"),
+        ("lstm.weight_hh_l0", "recurrent", (32, 8), "sparse"),
+        ("gru.weight_ih", "recurrent", (24, 8), "sparse"),
+        ("gru.weight_hh", "recurrent", (24, 8), "sparse"),
+        ("bilinear.weight", "bilinear", (4, 8, 8), "sparse"),
     ]
 
 

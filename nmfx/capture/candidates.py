@@ -15,7 +15,8 @@ from ..mask import DTYPES
 from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
-from .scoped import attention_paths
+from .own_weights import EMBEDDING, Own, own_weights
+from .readers import weights_read
 from .site import SITES, Holder, Site, get_path, holder_of, join, stored_names
 from .tracer import Untraceable
 
@@ -28,14 +29,15 @@ class Candidate:
         name: fully qualified name of the parameter.
         module_name: name of the module that owns it: what rules match.
         host, path: the module whose forward consumes it, and the parameter relative to it.
-        kind: "linear", "addmm", "conv", "conv_transpose", or the class name of a layer that nmfx
-            leaves alone.
+        kind: "linear", "addmm", "conv", "conv_transpose", "recurrent", "bilinear", "experts",
+            "embedding" (tied to one of these), or the class name of a layer that nmfx leaves alone.
         shape: of the weight; () if there is none.
         dim: the dimension the consumer sums over.
         reduced: how many elements along `dim` one output sums over.
         capture: "leaf", "scoped" or "graph".
         groups: of a convolution, else 1.
         obstacle: why it cannot be sparsified with any pattern, or None.
+        tied: the other names of its weight.
         site: its site, if it is sparsified or packed already.
     """
 
@@ -50,17 +52,17 @@ class Candidate:
     capture: str = "leaf"
     groups: int = 1
     obstacle: str | None = None
+    tied: tuple[str, ...] = ()
     site: Site | None = None
 
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NOT_YET = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied = _tied_names(model)
+    tied, written = _tied_names(model), _written(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -72,9 +74,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if isinstance(module, fx.GraphModule):
             new += _of_graph(fqn, module)
         for candidate in new:
-            others = tied.get(candidate.name, [])
-            if others and candidate.obstacle is None:
-                candidate.obstacle = f"its weight is tied to {', '.join(others)}"
+            candidate.tied = tuple(tied.get(candidate.name, ()))
+            if candidate.tied and candidate.obstacle is None:
+                candidate.obstacle = tied_obstacle(candidate)
+            if candidate.name in written and candidate.obstacle is None:
+                candidate.obstacle = f"{written[candidate.name]} writes to its weight"
         found += new
     return _drop_uncalled(found)
 
@@ -120,20 +124,39 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def tied_obstacle(candidate: Candidate) -> str:
+    """Why a tied weight stays dense unless the caller of `sparsify` says otherwise."""
+    return f"its weight is tied to {', '.join(candidate.tied)}"
+
+
+def _written(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class whose methods change it in place, which a mask would hide."""
+    return {
+        join(fqn, path): base_class(module).__name__
+        for fqn, module in model.named_modules()
+        for path in weights_read(module, base_class(module)).written
+    }
+
+
+def only_read(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class that reads it and never calls the module that holds it."""
+    return {
+        join(fqn, path): base_class(module).__name__
+        for fqn, module in model.named_modules()
+        for path in weights_read(module, base_class(module)).only_read
+    }
+
+
 def _of_module(fqn: str, module: nn.Module) -> list[Candidate]:
-    if isinstance(module, nn.MultiheadAttention):
-        return [_scoped(fqn, module, path) for path in attention_paths(module)]
+    own = own_weights(module)
+    if own is not None:
+        return [scoped_candidate(fqn, module, one) for one in own]
+    if isinstance(module, nn.Embedding) and SITES in module.__dict__:
+        return [scoped_candidate(fqn, module, EMBEDDING)]
     kind = _kind(module)
     if kind is not None:
         return [_leaf(fqn, module, kind)]
     name = type(module).__name__
-    if isinstance(module, _NOT_YET):
-        reason = f"nmfx does not rewrite nn.{name} yet"
-        return [
-            Candidate(join(fqn, path), fqn, module, path, name, tuple(p.shape), obstacle=reason)
-            for path, p in module.named_parameters(recurse=False)
-            if p.ndim > 1
-        ]
     layer = ("Linear" in name or "Conv" in name) and not name.endswith("PackedParams")
     if layer and type(module).__module__.startswith("torch.ao.nn"):
         reason = f"{type(module).__module__}.{name} holds a quantized weight"
@@ -174,17 +197,21 @@ def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
     return candidate
 
 
-def _scoped(fqn: str, module: nn.Module, path: str) -> Candidate:
+def scoped_candidate(fqn: str, module: nn.Module, own: Own) -> Candidate:
+    """A weight that `module` consumes itself."""
+    path = own.path
     owner, _, name = path.rpartition(".")
     candidate = Candidate(
-        join(fqn, path), join(fqn, owner), module, path, "linear", capture="scoped"
+        join(fqn, path), join(fqn, owner), module, path, own.kind, capture="scoped"
     )
     if _take_site(candidate, module):
         return candidate
     owner_module = get_path(module, owner) if owner else module
-    candidate.obstacle = _class_obstacle(module) or _weight_obstacle(owner_module, name)
+    candidate.obstacle = (
+        own.obstacle or _class_obstacle(module) or _weight_obstacle(owner_module, name)
+    )
     if candidate.obstacle is None:
-        _measure(candidate, get_path(module, path), 1, 1)
+        _measure(candidate, get_path(module, path), own.dim, 1)
     return candidate
 
 

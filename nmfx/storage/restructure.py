@@ -38,6 +38,7 @@ from ..capture.site import (
     iter_sites,
     marks_of,
 )
+from ..capture.tied import admit_tied
 from ..errors import NMError
 from ..graph.follow import activation, called, module_activation
 from ..kernels import semi_structured
@@ -148,7 +149,7 @@ def _candidate(found: Mapping[str, Candidate], name: str, layer: Layer) -> Candi
 
 
 def _fold_norms(model: nn.Module, spec: Spec) -> None:
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     for name in spec.norms:
         c = found.get(name)
         if c is None or not c.kind.startswith("conv"):
@@ -202,7 +203,7 @@ def _lower(
 ) -> None:
     if not layers:
         return
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     targets = []
     for name, layer in layers.items():
         c = _candidate(found, name, layer)
@@ -294,7 +295,7 @@ def _drop_fused_nodes(model: nn.Module) -> None:
 def _sparsify(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
     if not layers:
         return
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     new = []
     for name, layer in layers.items():
         if name in found and found[name].site is not None:
