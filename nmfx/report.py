@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .capture.candidates import Candidate, find_candidates
+from .capture.candidates import Candidate, find_candidates, read_around
 from .capture.own_weights import own_weights
 from .capture.site import (
     COPY,
@@ -235,7 +235,8 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
     candidates = list(find_candidates(model))
-    rows = tuple(_row(candidate) for candidate in candidates)
+    readers = read_around(model)
+    rows = tuple(_row(candidate, readers.get(candidate.name)) for candidate in candidates)
     notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
@@ -267,7 +268,7 @@ def _plain_masks(candidates: list[Candidate]) -> list[str]:
     ]
 
 
-def _row(candidate: Candidate) -> Row:
+def _row(candidate: Candidate, reader: str | None) -> Row:
     site = candidate.site
     reason = marks_of(candidate.host).get(SKIPPED, {}).get(candidate.path, "")
     times = marks_of(candidate.host).get(MEASURED, {}).get(candidate.path, ())
@@ -298,14 +299,16 @@ def _row(candidate: Candidate) -> Row:
         site.attached is not None,
         dense,
         _stored_bytes(candidate, dense),
-        reason or _explanation(candidate),
+        reason or _explanation(candidate, reader),
         *times,
     )
 
 
-def _explanation(candidate: Candidate) -> str:
+def _explanation(candidate: Candidate, reader: str | None) -> str:
     site = candidate.site
     assert site is not None
+    if reader is not None and not site.lowered:
+        return f"{reader} also reads it around its module, and sees the masked weight"
     if site.capture == "scoped" and own_weights(candidate.host) is None:
         return "its forward does not trace, so it runs on a stand-in with the masked weight"
     return ""

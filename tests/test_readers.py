@@ -189,6 +189,13 @@ def test_lowered_equals_folded(cls: type[nn.Module]) -> None:
     torch.testing.assert_close(fast(x), nmfx.fold(model)(x))
 
 
+def test_the_report_says_who_else_reads_a_weight() -> None:
+    model = nmfx.sparsify(Both(), "2:4")
+    assert {row.fqn: row.reason for row in nmfx.report(model)}["proj.weight"] == (
+        "Both also reads it around its module, and sees the masked weight"
+    )
+
+
 def test_a_layer_that_is_never_called_is_not_packed() -> None:
     dense, x = build(Never)
     fast = nmfx.lower(sparse(dense), (x,), tune=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
 from .own_weights import EMBEDDING, Own, own_weights
-from .readers import weights_read
+from .readers import Reads, weights_read
 from .site import SITES, Holder, Site, get_path, holder_of, join, stored_names
 from .tracer import Untraceable
 
@@ -62,7 +63,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied, written = _tied_names(model), _written(model)
+    tied, writers = _tied_names(model), written(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -77,8 +78,8 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             candidate.tied = tuple(tied.get(candidate.name, ()))
             if candidate.tied and candidate.obstacle is None:
                 candidate.obstacle = tied_obstacle(candidate)
-            if candidate.name in written and candidate.obstacle is None:
-                candidate.obstacle = f"{written[candidate.name]} writes to its weight"
+            if candidate.name in writers and candidate.obstacle is None:
+                candidate.obstacle = f"{writers[candidate.name]} writes to its weight"
         found += new
     return _drop_uncalled(found)
 
@@ -129,21 +130,26 @@ def tied_obstacle(candidate: Candidate) -> str:
     return f"its weight is tied to {', '.join(candidate.tied)}"
 
 
-def _written(model: nn.Module) -> dict[str, str]:
+def written(model: nn.Module) -> dict[str, str]:
     """Parameter name -> class whose methods change it in place, which a mask would hide."""
-    return {
-        join(fqn, path): base_class(module).__name__
-        for fqn, module in model.named_modules()
-        for path in weights_read(module, base_class(module)).written
-    }
+    return _readers(model, lambda reads: reads.written)
+
+
+def read_around(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class that reads it around the module which holds it."""
+    return _readers(model, lambda reads: reads.read)
 
 
 def only_read(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> class that reads it and never calls the module that holds it."""
+    """The same for classes that never call that module."""
+    return _readers(model, lambda reads: reads.only_read)
+
+
+def _readers(model: nn.Module, pick: Callable[[Reads], frozenset[str]]) -> dict[str, str]:
     return {
         join(fqn, path): base_class(module).__name__
         for fqn, module in model.named_modules()
-        for path in weights_read(module, base_class(module)).only_read
+        for path in pick(weights_read(module, base_class(module)))
     }
 
 
@@ -294,10 +300,29 @@ def _class_obstacle(module: nn.Module) -> str | None:
 def _weight_obstacle(owner: nn.Module, name: str) -> str | None:
     weight = owner._parameters.get(name)
     if weight is None:
-        if name in getattr(owner, "parametrizations", {}):
-            return "its weight is parametrized (torch.nn.utils.parametrize)"
-        return "its weight is not a parameter but computed (weight_norm, prune, adapters)"
+        return _computed(owner, name)
     return _tensor_obstacle(weight)
+
+
+def _computed(owner: nn.Module, name: str) -> str:
+    """What makes a weight that is no parameter, and how to make it one again."""
+    if name in getattr(owner, "parametrizations", {}):
+        return (
+            "its weight is parametrized (torch.nn.utils.parametrize); remove_parametrizations "
+            "makes it a parameter again"
+        )
+    for made_of, what, undo in _COMPUTED:
+        if hasattr(owner, f"{name}_{made_of}"):
+            return f"its weight is computed by {what}; {undo} makes it a parameter again"
+    return "its weight is not a parameter but computed"
+
+
+# What torch.nn.utils leaves beside a weight that its hooks compute before every forward.
+_COMPUTED = (
+    ("mask", "torch.nn.utils.prune", "prune.remove"),
+    ("g", "torch.nn.utils.weight_norm", "remove_weight_norm"),
+    ("u", "torch.nn.utils.spectral_norm", "remove_spectral_norm"),
+)
 
 
 def _tensor_obstacle(weight: Tensor) -> str | None:
