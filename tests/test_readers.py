@@ -295,3 +295,23 @@ def test_code_without_source_is_taken_to_read_what_it_names() -> None:
     assert base_class(model) is cls
     kept = nm_mask(dense.key.weight, 2, 4, 1)
     assert torch.equal(model(x), x @ torch.where(kept, dense.key.weight, 0.0))
+
+
+def penalty(module: nn.Linear) -> Tensor:
+    return module.weight.sum()
+
+
+class Hidden(Never):
+    """What the source of its class does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.key(x)) + penalty(self.key)
+
+
+def test_a_read_that_no_source_shows_is_named_by_verify_and_refused_by_lower() -> None:
+    dense, x = build(Hidden)
+    model = sparse(dense)
+    assert set(nmfx.verify(model, x)) == {"key.weight"}
+    with pytest.raises(nmfx.NMError, match=r"nmfx\.verify\(model, \.\.\.\) on the sparsified"):
+        nmfx.lower(model, (x,), tune=False)
+    nmfx.lower(nmfx.sparsify(build(Hidden)[0], {"head": "2:4"}), (x,), tune=False)
