@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 from typing import Any
@@ -187,6 +188,16 @@ def test_lowered_equals_folded(cls: type[nn.Module]) -> None:
     model = sparse(dense)
     fast = nmfx.lower(model, x if isinstance(x, tuple) else (x,), tune=False)
     torch.testing.assert_close(fast(x), nmfx.fold(model)(x))
+
+
+@pytest.mark.parametrize("cls", READERS)
+def test_a_parent_keeps_its_name_and_its_signature(cls: type[nn.Module]) -> None:
+    dense, _ = build(cls)
+    model = sparse(dense)
+    for before, after in zip(dense.modules(), model.modules(), strict=True):
+        names = [list(inspect.signature(m.forward).parameters) for m in (before, after)]
+        assert names[0] == names[1], type(before)
+    assert type(model).__name__ == cls.__name__
 
 
 def test_the_report_says_who_else_reads_a_weight() -> None:

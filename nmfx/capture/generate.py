@@ -107,9 +107,12 @@ def generated_class(
     base: type[nn.Module],
     key: tuple[Any, ...],
     forward: Callable[[], Callable],
+    name: str | None = None,
     **members: Any,
 ) -> type[nn.Module]:
     """The cached subclass of `base` for `key`, which `forward()` and `members` make the first time.
+
+    It is called `name`, by default "NM" and the name of `base`.
 
     Members that matter to others: `nmfx_graph`, the rewritten graph (leaf capture), and
     `nmfx_baked`, the string attributes its code depends on.
@@ -127,7 +130,8 @@ def generated_class(
                 "forward": forward(),
                 **members,
             }
-            found = _classes[full_key] = type(f"NM{base.__name__}", (NMHost, base), fields)
+            name = name or f"NM{base.__name__}"
+            found = _classes[full_key] = type(name, (NMHost, base), fields)
         return found
 
 

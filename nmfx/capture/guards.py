@@ -6,7 +6,9 @@
             return F.conv2d(x, w[..., None])                  runs Parent.forward
 
 The layer itself keeps its site and its own masked forward, for everybody else who calls it. A
-packed layer needs none of this: whoever reads its `weight` gets it unpacked.
+packed layer needs none of this: whoever reads its `weight` gets it unpacked. A parent may be a
+whole model, whose name and signature others go by (Hugging Face writes the one into config.json
+and chooses the columns of a data set by the other), so it keeps both.
 
 nn.TransformerEncoderLayer reads them in its fused inference path, and asks its own attribute
 `activation_relu_or_gelu` first; there the guard's class answers 0, and the value that the module
@@ -15,6 +17,7 @@ itself holds stays what it was.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +38,14 @@ def guard_class(module: nn.Module) -> type[nn.Module] | None:
     base = base_class(module)
     overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), None)
     if overrides is not None:
-        return generated_class(base, ("guard",), lambda: base.forward, **overrides)
+        return generated_class(base, ("guard",), lambda: base.forward, base.__name__, **overrides)
     owners = owners_read(module)
     if not owners:
         return None
     entries = sorted(weights_read(module, base).entries)
     methods = {name: _guarded(getattr(base, name), owners) for name in entries}
     forward = methods.pop("forward", base.forward)
-    return generated_class(base, ("reads", owners), lambda: forward, **methods)
+    return generated_class(base, ("reads", owners), lambda: forward, base.__name__, **methods)
 
 
 def guards(module: nn.Module, hosts: set[nn.Module]) -> bool:
@@ -59,6 +62,7 @@ def owners_read(module: nn.Module) -> tuple[str, ...]:
 
 
 def _guarded(method: Callable, owners: tuple[str, ...]) -> Callable:
+    @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         masked = masked_below(self, owners)
         if not masked:  # not sparse, or packed

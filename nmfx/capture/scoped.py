@@ -8,6 +8,7 @@ So do modules that multiply with their own weights (own_weights.py).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def scoped_class(module: nn.Module, sites: list[Site]) -> type[nn.Module]:
                 masked[path] = sr_ste(weight, getattr(self, control), m, dim)
         return masked
 
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         masked = {**masked_below(self, owners), **nmfx_masked(self)}
         return run_with(self, base.forward, masked, args, kwargs)
