@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
+from .capture.program import remarks
 from .capture.site import (
     COPY,
     MADE_ON,
@@ -282,7 +283,7 @@ def _row(candidate: Candidate) -> Row:
             False,
             dense,
             dense,
-            reason or candidate.obstacle or "not sparsified",
+            _compiled(candidate) or reason or candidate.obstacle or "not sparsified",
             *times,
         )
     return Row(
@@ -299,6 +300,14 @@ def _row(candidate: Candidate) -> Row:
         reason or _explanation(candidate),
         *times,
     )
+
+
+def _compiled(candidate: Candidate) -> str:
+    """What `nmfx.backend` made of a dense weight, if it was compiled with that."""
+    owner, _, name = candidate.path.rpartition(".")
+    module = get_path(candidate.host, owner) if owner else candidate.host
+    weight = module._parameters.get(name)
+    return "" if weight is None else remarks(weight)
 
 
 def _explanation(candidate: Candidate) -> str:

@@ -21,6 +21,7 @@ PUBLIC = [
     "Report",
     "Sad",
     "attach",
+    "backend",
     "check_onnx",
     "conv_nm",
     "fold",
