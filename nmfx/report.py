@@ -31,6 +31,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
+from .capture.take_over import exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -238,6 +239,12 @@ def report(model: nn.Module) -> Report:
     notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
+    exported = dict.fromkeys(name for name, _ in exported_nodes(model))
+    if exported:
+        notes.append(
+            f"weights in nmfx operators of an exported graph: {', '.join(exported)}; "
+            f"nmfx.sparsify, fold and lower take them over"
+        )
     return Report(rows, (*notes, *_plain_masks(candidates)))
 
 

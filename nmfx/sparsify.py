@@ -22,7 +22,9 @@ from .capture.site import (
     holder_of,
     iter_sites,
     marks_of,
+    stored_names,
 )
+from .capture.take_over import take_over
 from .errors import NMError
 from .pattern import Pattern
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
@@ -60,6 +62,7 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     """
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
+    taken_over(model)
     decisions = decide(model, find_candidates(model), parse_rules(rules))
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
@@ -76,6 +79,17 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     )
     _note_reasons(decisions)
     return model
+
+
+def taken_over(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """A model, or a copy of it, whose exported masks and packed weights are sites again.
+
+    Without any it is `model` itself. See `take_over`.
+    """
+    taken, masked = take_over(model, inplace)
+    if masked:
+        install_sites(taken, masked)
+    return taken
 
 
 def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
@@ -178,7 +192,7 @@ def _store_sites(host: nn.Module) -> list[Site]:
 
 
 def _install(host: nn.Module, sites: list[Site], cls: type[nn.Module] | None) -> None:
-    devices = [get_path(host, site.path).device for site in sites]
+    devices = [get_path(host, stored_names(site)[0]).device for site in sites]
     if cls is None:
         holder = holder_of(host) or Holder()
         host._modules[HOLDER] = holder
