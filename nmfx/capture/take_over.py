@@ -42,10 +42,14 @@ def exported_nodes(model: nn.Module) -> list[tuple[str, fx.Node]]:
 
 def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in (*_MASKS, *_PACKED):
-            tensors = node.args[:2] if node.target in _MASKS else node.args[1:3]
-            if all(isinstance(one, fx.Node) and one.op == "get_attr" for one in tensors):
-                yield node
+        ours = node.op == "call_function" and node.target in (*_MASKS, *_PACKED)
+        if ours and all(getattr(one, "op", "") == "get_attr" for one in _tensors(node)):
+            yield node
+
+
+def _tensors(node: fx.Node) -> tuple[Any, ...]:
+    """(weight, control) or (values, index)."""
+    return node.args[:2] if node.target in _MASKS else node.args[1:3]
 
 
 def _path(node: fx.Node) -> str:
@@ -68,7 +72,7 @@ def take_over(
         The model, its packed sites in place, and the masks to be installed in it.
 
     Raises:
-        NMError: a masked weight is read in a way in which it could not be masked. Nothing is
+        NMError: the graph reads a masked or packed weight in other operators too. Nothing is
             changed then.
     """
     if not exported_nodes(model):
@@ -83,6 +87,7 @@ def take_over(
                 if node.target in _MASKS:
                     path = _path(node)
                     found[gm, path] = _without_mask(gm, node)
+            _check_readers(gm)
             gm.recompile()
         masked = [c for c in find_candidates(model) if (c.host, c.path) in found]
         for candidate in masked:
@@ -124,6 +129,27 @@ def _drop_controls(gm: fx.GraphModule) -> None:
             for name in [key for key in table if key.startswith("_nmfx_control")]:
                 if join(fqn, name) not in read:
                     del table[name]
+
+
+def _check_readers(gm: fx.GraphModule) -> None:
+    """Refuses packed tensors that something else reads, too.
+
+    Code that asks for `layer.weight.dtype` leaves the unpacking of it in the graph, without use.
+    """
+    packed = {str(one.target) for node in _nodes(gm) for one in _tensors(node)}  # masks are gone
+    derived: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        read = node.op == "get_attr" and str(node.target) in packed
+        computed = node.op == "call_function" and node.target not in _PACKED
+        sources = node.all_input_nodes or not node.is_impure()  # arange, say, but not rand
+        if read or (computed and sources and derived.issuperset(node.all_input_nodes)):
+            derived.add(node)
+    gm.graph.eliminate_dead_code(lambda node: node not in derived)  # asserts about them go, too
+    for node in gm.graph.find_nodes(op="get_attr"):
+        others = [user for user in node.users if user.target not in _PACKED]
+        if str(node.target) in packed and others:
+            reader = getattr(others[0].target, "__name__", others[0].target)
+            raise NMError(f"{node.target}: the graph reads it in {reader} too, so it stays packed")
 
 
 def _site(c: Candidate, pattern: Pattern, lambda_w: float) -> Site:
