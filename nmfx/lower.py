@@ -36,6 +36,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
+from .capture.take_over import recompose
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -132,6 +133,7 @@ def lower(
         check_cuda_graph(model, calls, tune)
     check_classes(model)
     given, model = model, taken_over(model, inplace)
+    model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made
     model = model if inplace or model is not given else copy.deepcopy(model)
     plan = make_plan(model)

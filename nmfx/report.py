@@ -31,7 +31,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
-from .capture.take_over import exported_nodes
+from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -244,6 +244,12 @@ def report(model: nn.Module) -> Report:
         notes.append(
             f"weights in nmfx operators of an exported graph: {', '.join(exported)}; "
             f"nmfx.sparsify, fold and lower take them over"
+        )
+    decomposed = dict.fromkeys(decomposed_names(model))
+    if decomposed:
+        notes.append(
+            f"linear layers that are decomposed in a graph (aten.permute and addmm or mm): "
+            f"{', '.join(decomposed)}; nmfx.sparsify and lower put them together"
         )
     return Report(rows, (*notes, *_plain_masks(candidates)))
 

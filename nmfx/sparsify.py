@@ -24,7 +24,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
-from .capture.take_over import take_over
+from .capture.take_over import recompose, take_over
 from .errors import NMError
 from .pattern import Pattern
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
@@ -62,8 +62,9 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     """
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
-    taken_over(model)
-    decisions = decide(model, find_candidates(model), parse_rules(rules))
+    parsed = parse_rules(rules)
+    recompose(taken_over(model))
+    decisions = decide(model, find_candidates(model), parsed)
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     if not chosen:

@@ -11,13 +11,14 @@ that were frozen are constants of an exported graph, in operators of torch: they
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..errors import NMError
+from ..graph.recompose import decomposed_linears, recompose_linears
 from ..ops.conv_nm import conv_nm
 from ..ops.linear_nm import linear_nm
 from ..pattern import Pattern
@@ -38,6 +39,38 @@ def exported_nodes(model: nn.Module) -> list[tuple[str, fx.Node]]:
         if isinstance(module, fx.GraphModule)
         for node in _nodes(module)
     ]
+
+
+def decomposed_names(model: nn.Module) -> list[str]:
+    """Names of the weights of linear layers that are decomposed in graphs of a model."""
+    return [
+        join(fqn, str(weight.target))
+        for fqn, module in model.named_modules()
+        if isinstance(module, fx.GraphModule)
+        for _, _, weight, _ in decomposed_linears(module.graph, _is_parameter(module))
+    ]
+
+
+def recompose(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """Puts decomposed linear layers of graphs together, in a model or a copy of it."""
+    if not decomposed_names(model):
+        return model
+    model = model if inplace else copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            recompose_linears(module.graph, _is_parameter(module))
+            module.recompile()
+    return model
+
+
+def _is_parameter(gm: fx.GraphModule) -> Callable[[Any, int], bool]:
+    own = dict(gm.named_parameters(remove_duplicate=False))
+
+    def check(node: Any, ndim: int) -> bool:
+        found = own.get(str(node.target)) if getattr(node, "op", "") == "get_attr" else None
+        return found is not None and found.ndim == ndim
+
+    return check
 
 
 def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
