@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture.dynamo import Found, find_weights, own_graph, pack_found
+from .capture.dynamo import Found, find_weights, other_weights, own_graph, pack_found
 from .capture.program import Program, remember
 from .errors import NMError
 from .tuning.bench import Bench
@@ -61,7 +61,7 @@ def backend(
     """
     inner, tune = _read_options(mode, options)
     own_graph(gm)
-    found = find_weights(gm, example_inputs)
+    found, others = find_weights(gm, example_inputs), other_weights(gm, example_inputs)
     tensors = [one for one in (*example_inputs, *gm.parameters()) if isinstance(one, Tensor)]
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         program = Program(inner(gm, example_inputs))
@@ -70,7 +70,10 @@ def backend(
         return program
     bench = Bench(_Holding(tensors))
     choices = [_choose(bench, one, tune) for one in found]
-    return _compile(gm, example_inputs, found, choices, inner)
+    program = _compile(gm, example_inputs, found, choices, inner)
+    for weight, readers in others:
+        remember(weight, program, None, f"dense: the graph reads its weight in {readers}")
+    return program
 
 
 def _compile(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fake_timer import DENSE_WINS, PACKED_WINS, install
 from torch import Tensor, fx, nn
+from zoo import build, call, outputs
 
 import nmfx
 from nmfx.mask import nm_project
@@ -152,6 +153,58 @@ def test_measured_for_real_it_computes_the_same() -> None:
     found = reasons(model)
     assert "as fast as dense" in found["conv.weight"], found
     assert "as fast as dense" in found["fc.weight"], found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_bert",
+        "conv_family",
+        "encoder",
+        *(pytest.param(one, marks=pytest.mark.deep) for one in ("hf_llama", "hf_gpt2", "resnet50")),
+    ],
+)
+def test_models_of_the_zoo_compute_the_same(name: str) -> None:
+    model, inputs = build(name)
+    model, inner = nmfx.fold(nmfx.sparsify(model, "2:4")), Inner()
+    fast = torch.compile(model, backend=nmfx.backend, options={"inner": inner, "tune": False})
+    with torch.no_grad():
+        for got, want in zip(
+            outputs(call(fast, inputs)), outputs(call(model, inputs)), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    found = reasons(model).values()
+    assert sum(reason == "compiled: packed" for reason in found) == len(inner.packed())
+    if name == "encoder":  # one operator that computes it all
+        fused = "compiled: dense: the graph reads its weight in _transformer_encoder_layer_fwd"
+        assert fused in found
+    else:
+        assert inner.packed()
+    assert all(reason.startswith("compiled: ") for reason in found), found
+
+
+class Nonzero(nn.Module):
+    """A size that only running tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x[x[:, 0] > 0])
+
+
+def test_sizes_that_only_running_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = install(monkeypatch, PACKED_WINS)
+    model, inner = Nonzero().eval(), Inner()
+    with torch.no_grad():
+        model.fc.weight.copy_(nm_project(model.fc.weight, "2:4"))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = compiled(model, inner, tune=True)
+        assert_equal(fast, model, torch.randn(9, 16), torch.randn(5, 16))
+    assert len(inner.packed()) == len(inner.graphs)
+    asked = [rows for _, rows in timer.asked]
+    assert asked == [1, 8, 128] * len(inner.graphs), "assumed, as by lower(model)"
 
 
 # --- weights that change -------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Found:
         place: its number among the graph's inputs, or None for an attribute.
         uses: where the graph consumes it.
         pattern: that it satisfies, or None.
-        seen: the inputs that it meets.
+        seen: the inputs that it meets; None if only running tells their sizes.
     """
 
     candidate: Candidate
@@ -50,7 +50,7 @@ class Found:
     place: int | None
     uses: list[Use]
     pattern: Pattern | None
-    seen: Mapping[Seen, int]
+    seen: Mapping[Seen, int] | None
 
 
 def own_graph(gm: fx.GraphModule) -> None:
@@ -76,6 +76,21 @@ def find_weights(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Found]:
     return [
         _judge(gm, node, values[node], places.get(node), uses) for node, uses in by_weight.items()
     ]
+
+
+def other_weights(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[tuple[nn.Parameter, str]]:
+    """Matrices that no operator of the table reads, and what does, for the report."""
+    values = _parameters(gm, inputs)
+    used = {use.weight for use in find_uses(gm.graph, values.__contains__)}
+    return [
+        (weight, ", ".join(dict.fromkeys(str(_reader(user)) for user in node.users)))
+        for node, weight in values.items()
+        if node not in used and weight.ndim > 1
+    ]
+
+
+def _reader(node: fx.Node) -> object:
+    return getattr(node.target, "__name__", node.target)
 
 
 def _parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, nn.Parameter]:
@@ -111,8 +126,24 @@ def _judge(
         pattern = detect_pattern(weight, dim)
         if pattern is None:
             candidate.obstacle = "its weight satisfies no N:M pattern that would make it smaller"
-    seen = Counter() if candidate.obstacle is not None else Counter(map(_seen, uses))
+    seen = None
+    if candidate.obstacle is None and all(map(_sized, uses)):
+        seen = Counter(map(_seen, uses))
     return Found(candidate, weight, place, uses, pattern, seen)
+
+
+def _sized(use: Use) -> bool:
+    """Whether the sizes that a consumer is called with are known, at least as of today."""
+    values = [node.meta.get("example_value") for node in (use.node, *use.node.all_input_nodes)]
+    sizes = [
+        size
+        for value in values
+        for size in ((*value.shape, *value.stride()) if isinstance(value, Tensor) else [value])
+    ]
+    return all(
+        size.node.hint is not None if isinstance(size, torch.SymInt) else size is not None
+        for size in sizes
+    )
 
 
 def _groups(use: Use) -> int:
@@ -123,6 +154,8 @@ def _groups(use: Use) -> int:
 def _obstacle(candidate: Candidate, weight: Tensor, uses: list[Use]) -> str | None:
     if len({(use.consumer, _groups(use)) for use in uses}) > 1:
         return "the graph reads its weight in two ways"
+    if type(weight.data) is not Tensor:
+        return f"it is a {type(weight.data).__name__}"
     if weight.is_inference():
         return "it is an inference tensor, which does not tell when it is changed"
     if weight.device.type not in ("cpu", "cuda"):
