@@ -13,7 +13,7 @@ from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project
 from .schedule import site_mask
-from .sparsify import restore
+from .sparsify import restore, taken_over
 from .storage.snapshot import Snapshot
 
 
@@ -43,6 +43,9 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             compressed, away from its GPU; a part of a lowered model, whose activations are in
             another part. Nothing is changed then.
     """
+    if isinstance(model, nn.Module):
+        given, model = model, taken_over(model, inplace)
+        inplace |= model is not given
     if not isinstance(model, nn.Module) or not any(iter_sites(model)):
         sites_of(model, "fold")  # tells what is wrong
     check_classes(model)

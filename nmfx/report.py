@@ -21,6 +21,7 @@ from torch import nn
 
 from .capture.candidates import Candidate, find_candidates, read_around
 from .capture.own_weights import own_weights
+from .capture.program import remarks
 from .capture.site import (
     COPY,
     MADE_ON,
@@ -31,6 +32,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
+from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -240,6 +242,18 @@ def report(model: nn.Module) -> Report:
     notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
+    exported = dict.fromkeys(name for name, _ in exported_nodes(model))
+    if exported:
+        notes.append(
+            f"weights in nmfx operators of an exported graph: {', '.join(exported)}; "
+            f"nmfx.sparsify, fold and lower take them over"
+        )
+    decomposed = dict.fromkeys(decomposed_names(model))
+    if decomposed:
+        notes.append(
+            f"linear layers that are decomposed in a graph (aten.permute and addmm or mm): "
+            f"{', '.join(decomposed)}; nmfx.sparsify and lower put them together"
+        )
     return Report(rows, (*notes, *_plain_masks(candidates)))
 
 
@@ -285,7 +299,7 @@ def _row(candidate: Candidate, reader: str | None) -> Row:
             False,
             dense,
             dense,
-            reason or candidate.obstacle or "not sparsified",
+            _compiled(candidate) or reason or candidate.obstacle or "not sparsified",
             *times,
         )
     return Row(
@@ -302,6 +316,14 @@ def _row(candidate: Candidate, reader: str | None) -> Row:
         reason or _explanation(candidate, reader),
         *times,
     )
+
+
+def _compiled(candidate: Candidate) -> str:
+    """What `nmfx.backend` made of a dense weight, if it was compiled with that."""
+    owner, _, name = candidate.path.rpartition(".")
+    module = get_path(candidate.host, owner) if owner else candidate.host
+    weight = module._parameters.get(name)
+    return "" if weight is None else remarks(weight)
 
 
 def _explanation(candidate: Candidate, reader: str | None) -> str:

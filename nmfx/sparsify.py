@@ -22,7 +22,9 @@ from .capture.site import (
     holder_of,
     iter_sites,
     marks_of,
+    stored_names,
 )
+from .capture.take_over import recompose, take_over
 from .capture.tied import admit_tied
 from .errors import NMError
 from .pattern import Pattern
@@ -67,10 +69,12 @@ def sparsify(
     """
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
+    parsed = parse_rules(rules)
+    recompose(taken_over(model))
     candidates = find_candidates(model)
     if tied:
         candidates = admit_tied(model, candidates)
-    decisions = decide(model, candidates, parse_rules(rules))
+    decisions = decide(model, candidates, parsed)
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     if not chosen:
@@ -86,6 +90,17 @@ def sparsify(
     )
     _note_reasons(decisions)
     return model
+
+
+def taken_over(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """A model, or a copy of it, whose exported masks and packed weights are sites again.
+
+    Without any it is `model` itself. See `take_over`.
+    """
+    taken, masked = take_over(model, inplace)
+    if masked:
+        install_sites(taken, masked)
+    return taken
 
 
 def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
@@ -188,7 +203,7 @@ def _store_sites(host: nn.Module) -> list[Site]:
 
 
 def _install(host: nn.Module, sites: list[Site], cls: type[nn.Module] | None) -> None:
-    devices = [get_path(host, site.path).device for site in sites]
+    devices = [get_path(host, stored_names(site)[0]).device for site in sites]
     if cls is None:
         holder = holder_of(host) or Holder()
         host._modules[HOLDER] = holder

@@ -241,9 +241,12 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
         assert holder is not None
         _take_site(candidate, holder)
         found.append(candidate)
-    # Execution order, which tells the output layer.
-    read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
-    place = {name: number for number, name in reversed(list(enumerate(read)))}
+    # Execution order, which tells the output layer. Exported graphs read all weights at the top.
+    numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
+    place: dict[str, int] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        first = min((numbers[user] for user in node.users), default=len(numbers))
+        place[str(node.target)] = min(first, place.get(str(node.target), first))
 
     def first_read(candidate: Candidate) -> int:
         site = candidate.site

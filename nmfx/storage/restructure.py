@@ -22,7 +22,7 @@ from ..capture.fold_norm import NormFolding
 from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
-from ..capture.neighbours import NORMS
+from ..capture.neighbours import is_norm
 from ..capture.site import (
     FOLDED,
     MADE_ON,
@@ -152,8 +152,11 @@ def _fold_norms(model: nn.Module, spec: Spec) -> None:
     found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     for name in spec.norms:
         c = found.get(name)
-        if c is None or not c.kind.startswith("conv"):
-            raise NMError(f"{name}: a batch norm was folded into it, and it is no convolution here")
+        if c is None or not c.kind.startswith(("conv", "linear")):
+            raise NMError(
+                f"{name}: a batch norm was folded into it, and it is no convolution or linear "
+                f"layer here"
+            )
         if c.path in marks_of(c.host).get(FOLDED, ()):
             continue
         if c.capture == "graph":
@@ -182,7 +185,7 @@ def _put_identities(model: nn.Module, identities: Mapping[str, str]) -> None:
             raise NMError(f"{name}: it became an nn.Identity, and the model has no such module")
         if old.__dict__.get(REPLACES) == what:
             continue
-        kind = type(old).__name__ if type(old) in NORMS else module_activation(old)
+        kind = type(old).__name__ if is_norm(old) else module_activation(old)
         if kind != what:
             raise NMError(
                 f"{name}: {what} was replaced by nn.Identity there, and here it is a "
