@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates
+from .capture.fsdp import notes_on_rounding
 from .capture.site import (
     COPY,
     MADE_ON,
@@ -237,7 +238,7 @@ def report(model: nn.Module) -> Report:
     notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
-    return Report(rows, (*notes, *_plain_masks(candidates)))
+    return Report(rows, (*notes, *_plain_masks(candidates), *notes_on_rounding(model)))
 
 
 def _moved(model: nn.Module) -> Iterator[str]:
