@@ -45,8 +45,8 @@ def check_groups(weight: Tensor, pattern: Pattern, dim: int) -> int:
     """
     if hasattr(weight, "placements"):
         raise NMError(
-            f"the tensor of shape {tuple(weight.shape)} is a {type(weight).__name__}, of which this "
-            f"process has a part; gather it first: tensor.full_tensor()"
+            f"the tensor of shape {tuple(weight.shape)} is a {type(weight).__name__}, of which "
+            f"this process has a part; gather it first: tensor.full_tensor()"
         )
     if weight.dtype not in _BITS:
         raise NMError(

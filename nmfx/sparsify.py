@@ -94,7 +94,7 @@ def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
     for host, sites, cls in planned:
         _install(host, sites, cls)
     install_guards(model, set(hosts))
-    follow_below(model)
+    follow_below(model, hosts)
 
 
 def unsparsify(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..ops.ordered import round_in_order
 from ..ops.sharded import is_sharded
-from .sharding import fsdp_modules
+from .sharding import fsdp_modules, reshard
 from .site import SHARDS, SITES, Site, control_name, get_path, iter_sites
 
 _BEFORE, _AFTER = "fsdp_pre_all_gather", "fsdp_post_all_gather"
@@ -35,15 +35,15 @@ class ShardHooks:
 
     Attributes:
         path: the weight.
-        mesh: of the shard: what is on another is not the shard.
+        mesh: of the shard: what is on another is not the shard. None if it is not known.
         asked: whether FSDP2 has called; it looks for hooks only until it gathers first.
         late: whether it did that without calling.
         put_on: the shard that has the hooks, or had them last.
     """
 
-    def __init__(self, path: str, mesh: Any) -> None:
+    def __init__(self, path: str, mesh: Any, late: bool = False) -> None:
         self.path, self.mesh = path, mesh
-        self.asked = self.late = False
+        self.asked, self.late = False, late
         self.put_on: weakref.ref[Tensor] | None = None
 
     def put(self, local: Tensor) -> None:
@@ -135,12 +135,28 @@ def follow_all(host: nn.Module) -> None:
             follow(host, name, parameter)
 
 
-def follow_below(model: nn.Module) -> None:
-    """The same for all hosts of a model that FSDP2 works on already, and may have run."""
+def follow_below(model: nn.Module, hosts: Iterable[nn.Module]) -> None:
+    """The same for new hosts in a model, which FSDP2 may have begun with already."""
+    left = {host for host in hosts if _known_to_fsdp(host)}
+    if not left:
+        return
+    reshard(model)
     for shard in _shards(model):
-        if SITES in shard._module_info.module.__dict__:
-            follow_all(shard._module_info.module)
-            shard._init_extensions()  # as it does itself before the first gathering
+        owner = shard._module_info.module
+        if owner in left:
+            follow(owner, shard._module_info.param_name, shard.sharded_param)
+            shard._init_extensions()  # as FSDP2 does itself before it gathers first
+    for host in left:
+        hooks = host.__dict__.get(SHARDS, {})
+        for site in host.__dict__.get(SITES, ()):
+            if site.path not in hooks:  # sharded by a module above `model`, which may have run
+                hooks = {**hooks, site.path: ShardHooks(site.path, None, late=True)}
+        host.__dict__[SHARDS] = hooks
+
+
+def _known_to_fsdp(module: nn.Module) -> bool:
+    hooks = module._load_state_dict_post_hooks.values()
+    return any(getattr(hook, "__qualname__", "").startswith("FSDPParam.") for hook in hooks)
 
 
 def _shards(model: nn.Module) -> Iterator[Any]:

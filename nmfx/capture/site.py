@@ -157,8 +157,8 @@ class SiteRef:
         if weight.ndim != len(self.site.shape):
             raise NMError(
                 f"{self.name}: its shape became {tuple(weight.shape)} from {self.site.shape}: "
-                f"FullyShardedDataParallel flattens weights; call this inside its summon_full_params "
-                f"or use fully_shard (FSDP2)"
+                f"FullyShardedDataParallel flattens weights; call this inside its "
+                f"summon_full_params, or use fully_shard (FSDP2)"
             )
         return weight
 
