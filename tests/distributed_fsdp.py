@@ -337,3 +337,19 @@ def _wrapped(wrapper: Callable[..., nn.Module], implementation: Any, wanted: Any
 
 
 
+
+
+def check_fsdp_compiled() -> None:
+    """Blocks compiled, before and after they are sharded."""
+    wanted = one_process()
+    for first in (True, False):
+        model = sparse()
+        for block in model.blocks:
+            if first:
+                block.compile(fullgraph=True)
+            fully_shard(block)
+            if not first:
+                block.compile()
+        fully_shard(model)
+        check_close(train(model, my_part), wanted, f"compiled first={first}")
+        check_same_masks(model)

@@ -26,6 +26,7 @@ from distributed_net import (
     whole,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import nmfx
@@ -175,6 +176,17 @@ def check_mixed_uneven_and_offloaded() -> None:
         for _ in range(2):
             assert torch.equal(model(X), twin(X.to(BF16))), options
             my_part(model)
+
+
+def check_mixed_on_one_rank() -> None:
+    """A mesh of one rank, where nothing is gathered."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("others", "one"))["one"]
+    plain = tied()
+    model = before(mesh=mesh)
+    twin = rounded_twin(plain, masks_of(model, weights(plain)))
+    for _ in range(2):
+        assert torch.equal(model(X), twin(X.to(BF16)))
+        my_part(model)
 
 
 def check_mixed_from_meta() -> None:

@@ -14,7 +14,6 @@ then, is it needed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,17 +46,20 @@ def uncut_placements(tensor: Any, m: int, dim: int) -> tuple[Any, ...]:
     from torch.distributed.tensor import Replicate, Shard
 
     dim %= tensor.ndim
-    placements = tuple(tensor.placements)
+    placements, mesh = list(tensor.placements), tensor.device_mesh
+    # Plain loops: Dynamo breaks the graph at a generator.
     cutting = [i for i, p in enumerate(placements) if getattr(p, "dim", None) == dim]
-    ranks = math.prod(tensor.device_mesh.size(i) for i in cutting)
+    ranks = 1
+    for i in cutting:
+        ranks *= mesh.size(i)
     size = tensor.shape[dim]
     uncut = size % (m * ranks) == 0
     if len(cutting) == 1 and type(placements[cutting[0]]) is Shard:
         uncut = -(-size // ranks) % m == 0  # as torch.chunk cuts: the last parts are smaller
-    replicated = [i for i, p in enumerate(placements) if p.is_partial()]
-    if not uncut:
-        replicated += cutting
-    return tuple(Replicate() if i in replicated else p for i, p in enumerate(placements))
+    for i, placement in enumerate(placements):
+        if placement.is_partial() or (i in cutting and not uncut):
+            placements[i] = Replicate()
+    return tuple(placements)
 
 
 def with_whole_groups(tensor: Any, m: int, dim: int) -> Any:
@@ -87,9 +89,9 @@ def on_parts(
         others: tensors of the weight's shape, whole on every rank.
 
     Returns:
-        A DTensor placed like the weight.
+        A DTensor placed like the weight, or, where that is a sum of parts, replicated.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     whole = with_whole_groups(weight, m, dim)
     parts = [placed_like(other, whole).to_local() for other in others]
@@ -101,9 +103,9 @@ def on_parts(
         shape=weight.shape,
         stride=weight.stride(),
     )
-    if whole is weight or any(p.is_partial() for p in weight.placements):
-        return out
-    return out.redistribute(placements=weight.placements)
+    # Nothing can be placed as sums yet to be made; they are made now.
+    placements = [Replicate() if p.is_partial() else p for p in weight.placements]
+    return out if whole is weight else out.redistribute(placements=placements)
 
 
 def placed_like(tensor: Tensor, like: Any) -> Any:
