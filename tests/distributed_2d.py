@@ -8,8 +8,9 @@ from distributed_mixed import POLICY, masks_of, rounded_twin, tie
 from distributed_net import (
     LAMBDA,
     RULES,
-    X,
     Net,
+    X,
+    Y,
     check_close,
     check_equal,
     check_same_masks,
@@ -23,7 +24,6 @@ from distributed_net import (
     train,
     weights,
 )
-from distributed_net import Y
 from distributed_tp import parallel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -87,7 +87,9 @@ def check_2d_equals_one_process() -> None:
 def check_2d_clip() -> None:
     def clipped(model: nn.Module, gradients: object) -> None:
         gradients(model)
-        sharded = [p for name, p in model.named_parameters() if ".fc" in name and "bias" not in name]
+        sharded = [
+            p for name, p in model.named_parameters() if ".fc" in name and "bias" not in name
+        ]
         torch.nn.utils.clip_grad_norm_(sharded, 0.05)
 
     one = train(sparse(28), lambda m: clipped(m, two_shares), attached=True)

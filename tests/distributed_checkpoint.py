@@ -143,5 +143,3 @@ def check_dcp_resumes() -> None:
     assert {row.fqn: row.pattern for row in nmfx.report(again)} == {
         row.fqn: row.pattern for row in nmfx.report(model)
     }
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from distributed_net import (
     whole_batch,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
 import nmfx
 
@@ -283,6 +284,30 @@ def check_fsdp_of_other_layers() -> None:
     assert nmfx.is_nm(folded, "2:4", 0), "shards of 8 rows cut no group"
 
 
+def check_fsdp1() -> None:
+    """FullyShardedDataParallel: it trains; verbs that need weights refuse, or work when whole."""
+    wanted = one_process()
+    for original in (True, False):
+        model: Any = FullyShardedDataParallel(
+            sparse(), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        train(model, my_part)
+        other = torch.optim.SGD([nn.Parameter(X)])
+        for verb in (nmfx.masks, nmfx.freeze, nmfx.fold, nmfx.Monitor):
+            refuses("call this inside its summon_full_params", partial(verb, model))
+        refuses("call this inside its summon_full_params", partial(nmfx.attach, model, other))
+        refuses("FullyShardedDataParallel flattens", partial(nmfx.lower, model, (X,)))
+        with FullyShardedDataParallel.summon_full_params(model):
+            values = dict(wanted.named_parameters())
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, values[name.replace("_fsdp_wrapped_module.", "")])
+            assert nmfx.sad(_bare(nmfx.masks(model)), nmfx.masks(wanted)).total == 0
+
+
+def _bare(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("_fsdp_wrapped_module.", ""): mask for name, mask in masks.items()}
+
+
 def check_fsdp_monitor() -> None:
     """Each rank counts its part; flips add up to those of the gathered masks."""
     import torch.distributed as dist
@@ -333,10 +358,6 @@ def _wrapped(wrapper: Callable[..., nn.Module], implementation: Any, wanted: Any
     check_equal(alone, wanted, f"{implementation}")
     check_equal(train(shard(model), my_part), wanted, f"{implementation} FSDP")
     check_same_masks(model)
-
-
-
-
 
 
 def check_fsdp_compiled() -> None:

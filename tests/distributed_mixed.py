@@ -12,9 +12,9 @@ from distributed_net import (
     LAMBDA,
     RULES,
     STEPS,
+    Net,
     X,
     Y,
-    Net,
     adamw,
     check_close,
     dense,
@@ -240,6 +240,8 @@ def check_mixed_schedules() -> None:
     plain, model = tied(), before()
     for pattern in ("1:4", "3:4", "2:2", "1:2", "2:4"):
         nmfx.set_pattern(model, pattern)
-        masks = {name: nmfx.nm_mask(plain.get_parameter(name), pattern, 1) for name in nmfx.masks(model)}
+        masks = {
+            name: nmfx.nm_mask(plain.get_parameter(name), pattern, 1) for name in nmfx.masks(model)
+        }
         assert torch.equal(model(X), rounded_twin(plain, masks)(X.to(BF16))), pattern
         my_part(model)

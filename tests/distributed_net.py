@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -151,7 +153,9 @@ def check_equal(model: nn.Module, wanted: nn.Module | dict[str, Tensor], what: s
         )
 
 
-def check_close(model: nn.Module, wanted: nn.Module, what: str = "", tolerance: float = 2e-5) -> None:
+def check_close(
+    model: nn.Module, wanted: nn.Module, what: str = "", tolerance: float = 2e-5
+) -> None:
     """In another order of sums."""
     found, others = weights(model), weights(wanted)
     assert found.keys() == others.keys(), (found.keys(), others.keys())
@@ -175,12 +179,8 @@ def check_same_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def refuses(message: str, act: Callable[[], object]) -> None:
     """`act` raises an NMError with `message` in it."""
-    try:
+    with pytest.raises(nmfx.NMError, match=re.escape(message)):
         act()
-    except nmfx.NMError as error:
-        assert message in str(error), str(error)
-    else:
-        raise AssertionError(f"no error, wanted {message!r}")
 
 
 def one_process(

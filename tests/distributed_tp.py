@@ -151,7 +151,9 @@ def check_tp_clip() -> None:
 
     def clipped(model: nn.Module) -> None:
         whole_batch(model)
-        sharded = [p for name, p in model.named_parameters() if ".fc" in name and "bias" not in name]
+        sharded = [
+            p for name, p in model.named_parameters() if ".fc" in name and "bias" not in name
+        ]
         norm = torch.nn.utils.clip_grad_norm_(sharded, 0.05)
         assert whole(norm) > 0.1, norm
 

@@ -38,7 +38,9 @@ def check(weight: Tensor, pattern: str, dim: int, dtype: torch.dtype) -> None:
     st.sampled_from(PATTERNS),
     st.sampled_from([torch.bfloat16, torch.float16]),
 )
-def test_order_survives_special_values(values: list[float], pattern: str, dtype: torch.dtype) -> None:
+def test_order_survives_special_values(
+    values: list[float], pattern: str, dtype: torch.dtype
+) -> None:
     check(torch.tensor(values).view(2, 16), pattern, 1, dtype)
 
 
@@ -54,6 +56,11 @@ def test_ties_are_broken_as_before_rounding(pattern: str, dim: int, wide: torch.
 
 
 def test_conv_weights_and_empty_shards() -> None:
-    check(torch.randn(3, 8, 3, 3).round(decimals=1) + 1e-4 * torch.randn(3, 8, 3, 3), "2:4", 1, torch.bfloat16)
+    check(
+        torch.randn(3, 8, 3, 3).round(decimals=1) + 1e-4 * torch.randn(3, 8, 3, 3),
+        "2:4",
+        1,
+        torch.bfloat16,
+    )
     empty = round_in_order(torch.empty(0, 8), make_control(0.0, 2), 4, 1, torch.bfloat16)
     assert empty.shape == (0, 8)

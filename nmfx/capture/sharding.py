@@ -27,12 +27,16 @@ GATHER = (
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules of a model that FSDP2 (`fully_shard`) works on."""
+    return _modules_of(model, "FSDPModule")
+
+
+def _modules_of(model: nn.Module, kind: str) -> list[Any]:
     # By name: importing torch.distributed.fsdp takes time, and who has such modules has done it.
     return [
         module
         for module in model.modules()
         if any(
-            c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed")
+            c.__name__ == kind and c.__module__.startswith("torch.distributed.fsdp")
             for c in type(module).__mro__
         )
     ]
@@ -56,8 +60,12 @@ def refuse_sharded(model: nn.Module, verb: str, instead: str = GATHER) -> None:
         instead: what to do, for the message.
 
     Raises:
-        NMError: with the first weight that is sharded.
+        NMError: with the first weight that is sharded, or FSDP1 at work.
     """
+    if _modules_of(model, "FullyShardedDataParallel"):
+        raise NMError(
+            f"nmfx.{verb}: FullyShardedDataParallel flattens and shards weights; {instead}"
+        )
     reshard(model)
     for name, tensor in model.named_parameters():
         if is_sharded(tensor):

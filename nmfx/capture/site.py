@@ -123,6 +123,12 @@ def mask_name(i: int) -> str:
     return f"_nmfx_mask{i}"
 
 
+def _is_freed(weight: Tensor) -> bool:
+    """Whether it is a view of memory that was given back: reading it would end the process."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.numel() > 0
+    return plain and weight.untyped_storage().nbytes() == 0
+
+
 @dataclass(frozen=True)
 class SiteRef:
     """A site found in a model.
@@ -151,14 +157,13 @@ class SiteRef:
         """The raw, dense weight.
 
         Raises:
-            NMError: it has no dimensions to be grouped along.
+            NMError: FSDP1 holds it in another form, and what is here must not be read.
         """
         weight = get_path(self.host, self.site.path)
-        if weight.ndim != len(self.site.shape):
+        if weight.ndim != len(self.site.shape) or _is_freed(weight):
             raise NMError(
-                f"{self.name}: its shape became {tuple(weight.shape)} from {self.site.shape}: "
-                f"FullyShardedDataParallel flattens weights; call this inside its "
-                f"summon_full_params, or use fully_shard (FSDP2)"
+                f"{self.name}: FullyShardedDataParallel flattened it and took its memory; call "
+                f"this inside its summon_full_params, or use fully_shard (FSDP2)"
             )
         return weight
 
