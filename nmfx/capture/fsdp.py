@@ -173,6 +173,8 @@ def _shards(model: nn.Module) -> Iterator[Any]:
 def notes_on_rounding(model: nn.Module) -> list[str]:
     """For the report: from which weights masks are found under FSDP2's mixed precision."""
     known = {(id(s._module_info.module), s._module_info.param_name): s for s in _shards(model)}
+    if not known:
+        return []
     counts: Counter[tuple[torch.dtype, bool]] = Counter()
     for ref in iter_sites(model):
         owner, _, name = ref.site.path.rpartition(".")
