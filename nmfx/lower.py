@@ -26,6 +26,7 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
+from .capture.sharding import refuse_sharded
 from .capture.site import (
     MADE_ON,
     MEASURED,
@@ -131,6 +132,7 @@ def lower(
     calls = parse_calls(example_inputs)
     if cuda_graph:
         check_cuda_graph(model, calls, tune)
+    refuse_sharded(model, "lower")
     check_classes(model)
     given, model = model, taken_over(model, inplace)
     model = recompose(model, inplace or model is not given)

@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates, read_around
+from .capture.fsdp import notes_on_rounding
 from .capture.own_weights import own_weights
 from .capture.program import remarks
 from .capture.site import (
@@ -254,7 +255,7 @@ def report(model: nn.Module) -> Report:
             f"linear layers that are decomposed in a graph (aten.permute and addmm or mm): "
             f"{', '.join(decomposed)}; nmfx.sparsify and lower put them together"
         )
-    return Report(rows, (*notes, *_plain_masks(candidates)))
+    return Report(rows, (*notes, *_plain_masks(candidates), *notes_on_rounding(model)))
 
 
 def _moved(model: nn.Module) -> Iterator[str]:

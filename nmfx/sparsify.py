@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from .capture.candidates import Candidate, find_candidates
+from .capture.fsdp import follow_below
 from .capture.graph_module import rewrite_graph
 from .capture.install import check_classes, class_for, install_guards, remove
 from .capture.site import (
@@ -118,6 +119,7 @@ def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
     for host, sites, cls in planned:
         _install(host, sites, cls)
     install_guards(model, set(hosts))
+    follow_below(model, hosts)
 
 
 def unsparsify(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from .graph_module import rewrite_graph
 from .guards import guard_class, guards
 from .leaf import leaf_class
 from .scoped import scoped_class
+from .sharding import fsdp_modules
 from .site import HOLDER, SITES, Holder, Site, add_sites, drop_sites, holder_of
 
 
@@ -40,12 +41,15 @@ def check_classes(model: nn.Module) -> None:
         if SITES not in module.__dict__ or isinstance(module, Holder):
             continue
         change = None
+        fix = "undo that first"
         if not is_generated(type(module)):
             change = f"its class became {type(module).__name__}"
+            if fsdp_modules(module)[:1] == [module]:
+                fix = "fully_shard the module above it, or this one before nmfx.sparsify"
         elif "forward" in module.__dict__:
             change = "its forward was replaced on the instance"
         if change is not None:
-            raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; undo that first")
+            raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; {fix}")
 
 
 def refresh(host: nn.Module, store: nn.Module) -> None:
