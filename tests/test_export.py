@@ -25,9 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
 ]
 
-ATTENTION = ["self_attention", "encoder"]
-MODELS = ["conv_family", "functional", *ATTENTION, "hf_bert"]
-DEEP = ["hf_llama", "hf_gpt2", "resnet50", "unet", "hf_vit", "hf_t5"]
+MODELS = ["conv_family", "functional", "encoder", "hf_bert"]
+DEEP = ["self_attention", "hf_llama", "hf_gpt2", "resnet50", "unet", "hf_vit", "hf_t5"]
 STATES = ["sparse", "folded", "lowered"]
 names = pytest.mark.parametrize(
     "name", [*MODELS, *(pytest.param(name, marks=pytest.mark.deep) for name in DEEP)]
