@@ -24,7 +24,9 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Bakes the masks into the weights and returns a vanilla dense model.
 
     Pruned weights become exactly +0.0, kept ones stay bit for bit; classes and graphs are the
-    original ones, so ONNX, TensorRT, Hugging Face and torch.export see an ordinary model.
+    original ones, so ONNX, TensorRT, Hugging Face and torch.export see an ordinary model. ONNX
+    needs that: sparsified and lowered models hold operators of nmfx, which torch.onnx.export
+    refuses by name ("No ONNX function found for ... nmfx.sr_ste").
 
     A lowered model is taken back: packed and compressed weights become dense parameters again, bit
     for bit, and activations that moved into layers stand behind them once more (in a graph as

@@ -87,6 +87,9 @@ def lower(
     `weight_compressed`, `weight_meta` and `weight_format` of a semi-structured one. `nmfx.report`
     tells for each layer what was measured, what was chosen and why.
 
+    torch.export and AOTInductor take the result. A process that loads such a program or package
+    has to `import nmfx` before: torch refuses what holds operators that it does not know.
+
     With `keep` a linear layer may hold its weight in two forms, and takes one by the number of rows
     of its input: packed for few (decoding), say, and dense for many (a prompt). It does so if the
     example inputs are computed faster with both than with any one form, by more than a tie, each

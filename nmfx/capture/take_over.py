@@ -23,6 +23,7 @@ from ..ops.conv_nm import conv_nm
 from ..ops.linear_nm import linear_nm
 from ..pattern import Pattern
 from .candidates import Candidate, find_candidates
+from .graph_module import rewrite_graph
 from .site import HOLDER, SITES, Holder, Site, get_path, holder_of, join, packed_names
 
 _ops = torch.ops.nmfx
@@ -208,7 +209,7 @@ def _own_packed(gm: fx.GraphModule) -> None:
         holder = holder_of(gm) or Holder()
         holder.__dict__[SITES] = [*holder.__dict__.get(SITES, ()), *sites.values()]
         gm._modules[HOLDER] = holder
-    gm.recompile()
+    rewrite_graph(gm)
 
 
 def _packed(node: fx.Node, path: str) -> tuple[Site, list[Any]]:
