@@ -5,7 +5,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 NEEDED := torch numpy rich safetensors tqdm sklearn matplotlib transformers setuptools \
-	pytest xdist hypothesis expecttest ruff mypy
+	accelerate lightning onnx onnxruntime onnxscript peft pytest xdist hypothesis expecttest ruff mypy
 
 # A python3 that has everything (an activated environment) is used as it is, and nothing is
 # installed into it. Any other gets a .venv, which sees the packages of a python3 that has torch.
