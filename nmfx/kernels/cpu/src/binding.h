@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body,
                          void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
 inline const Isa& isa() {
@@ -42,7 +42,7 @@ inline DType dtype_of(ScalarType dtype) {
 inline Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                     ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));

@@ -66,7 +66,7 @@ Tensor result_like(const Tensor& like, ScalarType dtype, int64_t element_bytes,
   void* block = nmfx::pool_take(bytes);
   STD_TORCH_CHECK(block, "out of memory: ", bytes, " bytes");
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
