@@ -110,6 +110,19 @@ def _whole_groups(ref: SiteRef, tensor: Any) -> Tensor:
     return tensor.to_local()
 
 
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, or the one that a wrapper (accelerate, Lightning) steps.
+
+    Such a wrapper claims to be an Optimizer, but is without the hooks of one.
+    """
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+            break
+        optimizer = inner
+    return optimizer
+
+
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     """Applies the SR-STE decay once per step of `optimizer`, instead of inside every backward.
 
@@ -124,7 +137,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
 
     Args:
         model: a sparsified model.
-        optimizer: any `torch.optim.Optimizer` that owns some of its sparsified weights.
+        optimizer: any `torch.optim.Optimizer` that owns some of its sparsified weights, also as
+            accelerate or Lightning wrap it.
 
     Returns:
         A handle; `handle.remove()` moves the decay back inside backward.
@@ -135,6 +149,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     refs = sites_of(model, "attach")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise NMError(f"nmfx.attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    optimizer = innermost(optimizer)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     refs = [ref for ref in refs if id(ref.parameter) in owned]
     if not refs:

@@ -1,0 +1,11 @@
+"""What other people's training loops need to know of nmfx: one thin module for each, none of them
+imported before you ask for it.
+
+    nmfx.trainers.hugging_face   a callback for `transformers.Trainer`
+    nmfx.trainers.lightning      a callback for `lightning.Trainer`
+    nmfx.trainers.accelerate     an object to register with an `accelerate.Accelerator`
+
+None is needed to train: a model that `nmfx.sparsify` returned can be handed to any of them as it
+is. They add what a plain model does not ask for: the decay once per optimizer step, schedules of
+lambda and pattern, the masks in the logs, and fixed masks and schedules that survive a restart.
+"""
