@@ -94,7 +94,7 @@ def trained(
 def assert_trained(model: nn.Module, expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         found = model.get_parameter(name).detach()
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_identical(one: Any, other: Any, where: str = "") -> None:
@@ -102,7 +102,7 @@ def assert_identical(one: Any, other: Any, where: str = "") -> None:
     assert type(one) is type(other), (where, one, other)
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype, where
-        assert torch.equal(one, other), (where, one, other)
+        assert torch.equal(one, other), f"{where}: {int((one != other).sum())} elements differ"
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), (where, one.keys() ^ other.keys())
         for key in one:
