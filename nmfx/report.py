@@ -304,6 +304,8 @@ def _row(candidate: Candidate) -> Row:
 def _explanation(candidate: Candidate) -> str:
     site = candidate.site
     assert site is not None
+    if candidate.adapted is not None and not site.lowered:
+        return candidate.adapted.reason
     if site.capture == "scoped" and not isinstance(candidate.host, nn.MultiheadAttention):
         return "its forward does not trace, so it runs on a stand-in with the masked weight"
     return ""

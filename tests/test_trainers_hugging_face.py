@@ -312,7 +312,8 @@ def test_logs_have_the_numbers_of_the_masks(tmp_path: Path) -> None:
     class Reporter(TrainerCallback):
         """Stands where TensorBoard and W&B do."""
 
-        seen: list[dict[str, float]] = []
+        def __init__(self) -> None:
+            self.seen: list[dict[str, float]] = []
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
             self.seen.append(dict(logs))
@@ -379,3 +380,33 @@ def test_the_parameters_stay_the_same_objects(tmp_path: Path) -> None:
     settings = arguments(tmp_path, max_steps=1)
     Trainer(model, settings, train_dataset=sentences(), callbacks=[NMCallback("2:4")]).train()
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+def test_adapters_over_a_frozen_sparse_base_are_resumed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+
+    def make(folder: str, seed: int, *more: TrainerCallback) -> Trainer:
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+        model = peft.get_peft_model(bert(), config)
+        return Trainer(
+            model,
+            arguments(tmp_path / folder, label_names=["labels"]),
+            train_dataset=sentences(),
+            callbacks=[NMCallback("2:4", freeze_at=2), *more],
+        )
+
+    whole = make("a", 0)
+    base = {n: p.clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make("b", 0, StopsAt(9)).train()
+    resumed = make("b", 5)
+    resumed.train(resume_from_checkpoint=True)
+    assert_identical(everything(whole), everything(resumed))
+    for name, value in base.items():
+        assert torch.equal(value, resumed.model.get_parameter(name)), name
+    assert not any("lora_" in name for name in nmfx.masks(resumed.model))
+    saved = {path.name for path in (tmp_path / "b" / "checkpoint-12").iterdir()}
+    assert {FILE, "adapter_model.safetensors"} <= saved
+    assert "model.safetensors" not in saved

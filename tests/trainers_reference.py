@@ -94,7 +94,7 @@ def trained(
 def assert_trained(model: nn.Module, expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         found = model.get_parameter(name).detach()
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def assert_identical(one: Any, other: Any, where: str = "") -> None:

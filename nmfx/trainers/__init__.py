@@ -1,5 +1,4 @@
-"""What other people's training loops need to know of nmfx: one thin module for each, none of them
-imported before you ask for it.
+"""nmfx in other people's training loops: a thin module for each, imported when you ask for it.
 
     nmfx.trainers.hugging_face   a callback for `transformers.Trainer`
     nmfx.trainers.lightning      a callback for `lightning.Trainer`

@@ -1,14 +1,14 @@
 """For loops that run on an `accelerate.Accelerator`.
 
-    model, optimizer, loader = accelerator.prepare(nmfx.sparsify(model, "2:4"), optimizer, loader)
-    training = nmfx.trainers.accelerate.follow(accelerator, model, optimizer)
-    for batch in loader:
-        with accelerator.accumulate(model):
-            training.before_step(step)           # where lambda, pattern or masks have a schedule
-            ...                                  # your own forward, backward, clipping
-            optimizer.step(); optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            accelerator.log(training.after_step(), step := step + 1)
+model, optimizer, loader = accelerator.prepare(nmfx.sparsify(model, "2:4"), optimizer, loader)
+training = nmfx.trainers.accelerate.follow(accelerator, model, optimizer)
+for batch in loader:
+    with accelerator.accumulate(model):
+        training.before_step(step)           # where lambda, pattern or masks have a schedule
+        ...                                  # your own forward, backward, clipping
+        optimizer.step(); optimizer.zero_grad()
+    if accelerator.sync_gradients:
+        accelerator.log(training.after_step(), step := step + 1)
 """
 
 from __future__ import annotations

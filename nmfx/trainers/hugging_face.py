@@ -6,8 +6,8 @@
     trainer.train()
     nmfx.fold(trainer.model).save_pretrained("sparse")      # exact zeros, an ordinary checkpoint
 
-Checkpoints are those of the dense model: `from_pretrained` of its class loads them, with the weights
-as trained, pruned ones included. Beside them lies `nmfx.pt`, with what they lack.
+Checkpoints are those of the dense model: `from_pretrained` of its class loads them, with the
+weights as trained, pruned ones included. Beside them lies `nmfx.pt`, with what they lack.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..capture.site import iter_sites, sites_of
+from ..capture.site import sites_of
 from ..errors import NMError
 from ..policy import Rules, parse_rules
 from ..schedule import local_part
-from ..sparsify import DEFAULT_LAMBDA_W, sparsify
-from .training import Training, check_plan
+from .training import Training, check_plan, sparsify_for
 
 FILE = "nmfx.pt"
 _SAMPLES = 256  # of each weight; an update changes nearly all of them
@@ -100,9 +99,8 @@ class NMCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if self._rules is not None and not any(iter_sites(model)):
-            first = self._lambda_w(state.global_step) if callable(self._lambda_w) else self._lambda_w
-            sparsify(model, self._rules, lambda_w=DEFAULT_LAMBDA_W if first is None else first)
+        if self._rules is not None:
+            sparsify_for(model, self._rules, self._lambda_w, state.global_step)
         self._training = Training(model, **self._plan)
         if state.global_step and self._resume_from is not False:
             self._training.load_state_dict(self._saved_state(args, state, model))
@@ -168,8 +166,8 @@ class NMCallback(TrainerCallback):
                 return content["training"]
         looked_at = ", ".join(dict.fromkeys(map(str, folders)))
         raise NMError(
-            f"training resumes at step {state.global_step}, and no {FILE} that was saved with these "
-            f"weights is in {looked_at}; name the checkpoint with NMCallback(resume_from=...), or "
+            f"training resumes at step {state.global_step}, and no {FILE} saved with these weights "
+            f"is in {looked_at}; name the checkpoint with NMCallback(resume_from=...), or "
             f"write resume_from=False if nothing was sparse when it was saved"
         )
 

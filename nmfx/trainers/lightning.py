@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..capture.site import iter_sites
 from ..policy import Rules, parse_rules
-from ..sparsify import DEFAULT_LAMBDA_W, sparsify
-from .training import Training, check_plan
+from .training import Training, check_plan, sparsify_for
 
 try:
     from lightning.pytorch.callbacks import Callback
 except ModuleNotFoundError:  # the same under its older name
-    from pytorch_lightning.callbacks import Callback  # type: ignore[no-redef]
+    from pytorch_lightning.callbacks import Callback
 
 
 class NMCallback(Callback):
@@ -92,10 +90,9 @@ class NMCallback(Callback):
     def _prepared(self, trainer: Any, module: Any) -> Training:
         """The module sparsified, with what a checkpoint said of it."""
         if self._training is None:
-            if self._rules is not None and not any(iter_sites(module)):
+            if self._rules is not None:
                 # Not the step of a resumed run, which is not known yet: before_step follows.
-                first = self._lambda_w(0) if callable(self._lambda_w) else self._lambda_w
-                sparsify(module, self._rules, lambda_w=DEFAULT_LAMBDA_W if first is None else first)
+                sparsify_for(module, self._rules, self._lambda_w, 0)
             every = self._every if self._every is not None else max(1, trainer.log_every_n_steps)
             training = Training(module, every=every, **self._plan)
             if self._loaded is not None:

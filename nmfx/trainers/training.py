@@ -1,8 +1,8 @@
 """What all trainers share: the decay at the optimizer, the schedules, the log, and their state.
 
-    before_step(step)     lambda, pattern and freezing as they are planned for this step
-        forward, backward, update        the trainer's own; `attach` adds the decay to it
-    after_step()          the monitor counts, and measures where it is due
+before_step(step)     lambda, pattern and freezing as they are planned for this step
+    forward, backward, update        the trainer's own; `attach` adds the decay to it
+after_step()          the monitor counts, and measures where it is due
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from ..attach import Attachment, attach, innermost
-from ..capture.site import sites_of
+from ..capture.site import iter_sites, sites_of
 from ..errors import NMError
 from ..monitor import Monitor
 from ..policy import Rules, check_lambda
 from ..schedule import freeze, set_lambda, set_pattern
+from ..sparsify import DEFAULT_LAMBDA_W, sparsify
 from ..state import load_state_dict, state_dict
 
 _VERSION = 1
@@ -137,6 +138,15 @@ class Training:
         load_state_dict(self._model, state.get("model", {}))
         self._monitor.load_state_dict(state.get("monitor", {}))
         self._in_force.clear()
+
+
+def sparsify_for(
+    model: nn.Module, rules: Rules, lambda_w: float | Callable[[int], float] | None, step: int
+) -> None:
+    """`nmfx.sparsify` with the lambda of a step, unless a layer of the model is sparse already."""
+    if not any(iter_sites(model)):
+        planned = lambda_w(step) if callable(lambda_w) else lambda_w
+        sparsify(model, rules, lambda_w=DEFAULT_LAMBDA_W if planned is None else planned)
 
 
 def check_plan(lambda_w: Any, pattern: Any, freeze_at: Any) -> None:
