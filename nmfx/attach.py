@@ -114,11 +114,17 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, or the one that a wrapper (accelerate, Lightning) steps.
 
     Such a wrapper claims to be an Optimizer, but is without the hooks of one.
+
+    Raises:
+        NMError: it has none, and no optimizer inside.
     """
     while "_optimizer_step_pre_hooks" not in vars(optimizer):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
-            break
+            raise NMError(
+                f"{type(optimizer).__name__} has no step hooks, and no torch.optim.Optimizer as its "
+                f".optimizer; attach the one that it steps"
+            )
         optimizer = inner
     return optimizer
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,6 +282,53 @@ def test_the_decay_counts_once_per_step(accumulate: int, clip: float, tmp_path: 
         lambda_w=lambda step: LAMBDA * (1 + step),
     )
     assert_trained(model, expected)
+
+
+PROGRAM = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_trainers_hugging_face import *
+model, collator = net(), Recording()
+settings = arguments(Path(sys.argv[2]), max_steps=4, save_strategy="no", max_grad_norm=0.05,
+                     lr_scheduler_type="constant", ddp_backend="gloo")
+optimizer = torch.optim.SGD(model.parameters(), LR)
+trainer = Trainer(model, settings, train_dataset=rows(), data_collator=collator,
+                  optimizers=(optimizer, None), callbacks=[NMCallback(RULES, lambda_w=LAMBDA)])
+trainer.train()
+assert torch.distributed.get_world_size() == 2
+torch.save((model.state_dict(), collator.batches), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
+"""
+
+
+@pytest.mark.deep
+def test_the_decay_does_not_grow_with_the_number_of_processes(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), str(here), str(tmp_path)]
+    subprocess.run([sys.executable, *command], check=True, env=environment, timeout=300)
+    ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert_identical(ends[0][0], ends[1][0])
+    batches = [
+        {key: torch.cat([one[key], other[key]]) for key in one}
+        for one, other in zip(ends[0][1][:4], ends[1][1][:4], strict=True)
+    ]
+    model = net()
+    model.load_state_dict(ends[0][0])
+    assert_trained(model, trained(net(), batches, clip=0.05))
+
+
+@pytest.mark.deep
+def test_a_compiled_model_is_trained_and_resumed(tmp_path: Path) -> None:
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    whole = trainer_of(tmp_path, 0, planned(6), **compiled)
+    whole.train()
+    resumed = trainer_of(tmp_path, 5, planned(6), **compiled)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_identical(everything(whole), everything(resumed))
 
 
 def test_no_callback_is_needed(tmp_path: Path) -> None:

@@ -21,13 +21,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..capture.site import sites_of
 from ..errors import NMError
 from ..policy import Rules, parse_rules
-from ..schedule import local_part
 from .training import Training, check_plan, sparsify_for
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "nmfx.trainers.hugging_face needs transformers: pip install transformers accelerate"
+    ) from error
 
 FILE = "nmfx.pt"
 _SAMPLES = 256  # of each weight; an update changes nearly all of them
@@ -190,8 +195,10 @@ def _digest(model: nn.Module) -> str:
     """Of a few elements of each sparsified weight: tells one checkpoint of a model from another."""
     digest = hashlib.sha256()
     for ref in sites_of(model, "trainers"):
-        weight = local_part(ref.parameter.detach())
-        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLES)].cpu().contiguous()
         digest.update(ref.name.encode())
+        weight = ref.parameter.detach()
+        if hasattr(weight, "placements"):  # sharded: other elements on each process
+            continue
+        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLES)].cpu().contiguous()
         digest.update(bytes(sample.view(torch.uint8).tolist()))
     return digest.hexdigest()

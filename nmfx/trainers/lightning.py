@@ -19,8 +19,13 @@ from .training import Training, check_plan, sparsify_for
 
 try:
     from lightning.pytorch.callbacks import Callback
-except ModuleNotFoundError:  # the same under its older name
-    from pytorch_lightning.callbacks import Callback
+except ModuleNotFoundError as error:
+    try:
+        from pytorch_lightning.callbacks import Callback  # the same under its older name
+    except ModuleNotFoundError:
+        raise ImportError(
+            "nmfx.trainers.lightning needs Lightning: pip install lightning"
+        ) from error
 
 
 class NMCallback(Callback):
