@@ -122,7 +122,7 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
             raise NMError(
-                f"{type(optimizer).__name__} has no step hooks, and no torch.optim.Optimizer as its "
+                f"{type(optimizer).__name__} has no step hooks, and no torch optimizer as its "
                 f".optimizer; attach the one that it steps"
             )
         optimizer = inner
