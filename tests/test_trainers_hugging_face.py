@@ -133,12 +133,16 @@ def interrupted(folder: Path, freeze_at: int, **more: Any) -> None:
     torch.rand(100)  # a new process has another random state
 
 
-@pytest.mark.parametrize("freeze_at", [6, 10])
-def test_resumed_training_is_bit_identical(freeze_at: int, tmp_path: Path) -> None:
-    whole = trainer_of(tmp_path / "whole", 0, planned(freeze_at, per_layer=True))
+@pytest.mark.parametrize(("freeze_at", "bf16"), [(6, False), (10, True)])
+def test_resumed_training_is_bit_identical(freeze_at: int, bf16: bool, tmp_path: Path) -> None:
+    whole = trainer_of(tmp_path / "whole", 0, planned(freeze_at, per_layer=True), bf16=bf16)
     whole.train()
-    interrupted(tmp_path / "broken", freeze_at, per_layer=True)
-    resumed = trainer_of(tmp_path / "broken", 5, planned(freeze_at, per_layer=True))
+    broken = [planned(freeze_at, per_layer=True), StopsAt(9)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "broken", 0, *broken, bf16=bf16).train()
+    torch.rand(100)  # a new process has another random state
+    ours = planned(freeze_at, per_layer=True)
+    resumed = trainer_of(tmp_path / "broken", 5, ours, bf16=bf16)
     resumed.train(resume_from_checkpoint=True)
     one, other = everything(whole), everything(resumed)
     assert_identical(one, other)
