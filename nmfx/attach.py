@@ -117,6 +117,25 @@ def _add_to_parts(weight: Any, control: Tensor, m: int, dim: int) -> None:
     weight.grad = grad.redistribute(placements=weight.placements)
 
 
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, or the one that a wrapper (accelerate, Lightning) steps.
+
+    Such a wrapper claims to be an Optimizer, but is without the hooks of one.
+
+    Raises:
+        NMError: it has none, and no optimizer inside.
+    """
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+            raise NMError(
+                f"{type(optimizer).__name__} has no step hooks, and no torch optimizer as its "
+                f".optimizer; attach the one that it steps"
+            )
+        optimizer = inner
+    return optimizer
+
+
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     """Applies the SR-STE decay once per step of `optimizer`, instead of inside every backward.
 
@@ -131,7 +150,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
 
     Args:
         model: a sparsified model.
-        optimizer: any `torch.optim.Optimizer` that owns some of its sparsified weights.
+        optimizer: any `torch.optim.Optimizer` that owns some of its sparsified weights, also as
+            accelerate or Lightning wrap it.
 
     Returns:
         A handle; `handle.remove()` moves the decay back inside backward.
@@ -142,6 +162,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     refs = sites_of(model, "attach")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise NMError(f"nmfx.attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    optimizer = innermost(optimizer)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     reshard(model)  # optimizers own shards
     refs = [ref for ref in refs if id(ref.parameter) in owned]

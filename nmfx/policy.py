@@ -203,12 +203,15 @@ def head_names(model: nn.Module, candidates: list[Candidate]) -> set[str]:
     """
     declared = _declared_heads(model)
     if declared is not None:
-        return {name for name, module in model.named_modules() if module in declared}
-    # A projection inside an attention module is not an output layer.
+        below = {module for head in declared for module in head.modules()}  # PEFT may wrap a head
+        return {name for name, module in model.named_modules() if module in below}
+    # A projection inside an attention module is not an output layer, and what PEFT added is none.
     linear = [
         c
         for c in candidates
-        if c.kind in ("linear", "addmm") and not isinstance(c.host, nn.MultiheadAttention)
+        if c.kind in ("linear", "addmm")
+        and not isinstance(c.host, nn.MultiheadAttention)
+        and not (c.adapted is not None and c.adapted.added)
     ]
     several = len({candidate.module_name for candidate in candidates}) > 1
     return {linear[-1].module_name} if linear and several else set()

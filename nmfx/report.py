@@ -330,6 +330,8 @@ def _compiled(candidate: Candidate) -> str:
 def _explanation(candidate: Candidate, reader: str | None) -> str:
     site = candidate.site
     assert site is not None
+    if candidate.adapted is not None and not site.lowered:
+        return candidate.adapted.reason
     if reader is not None and not site.lowered:
         return f"{reader} also reads it around its module, and sees the masked weight"
     if site.capture == "scoped" and own_weights(candidate.host) is None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..graph.rewrite import Use
 from ..graph.table import groups_argument
 from ..mask import DTYPES
+from .adapters import Adapted, find_adapted
 from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
@@ -40,6 +41,7 @@ class Candidate:
         obstacle: why it cannot be sparsified with any pattern, or None.
         tied: the other names of its weight.
         site: its site, if it is sparsified or packed already.
+        adapted: what it has to do with PEFT, if anything stands in its way.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Candidate:
     obstacle: str | None = None
     tied: tuple[str, ...] = ()
     site: Site | None = None
+    adapted: Adapted | None = None
 
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,7 +66,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied, writers = _tied_names(model), written(model)
+    tied, writers, adapted = _tied_names(model), written(model), find_adapted(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -75,6 +78,9 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if isinstance(module, fx.GraphModule):
             new += _of_graph(fqn, module)
         for candidate in new:
+            candidate.adapted = adapted.get(module)
+            if candidate.adapted is not None:
+                candidate.obstacle = candidate.obstacle or candidate.adapted.reason
             candidate.tied = tuple(tied.get(candidate.name, ()))
             if candidate.tied and candidate.obstacle is None:
                 candidate.obstacle = tied_obstacle(candidate)
@@ -167,7 +173,19 @@ def _of_module(fqn: str, module: nn.Module) -> list[Candidate]:
     if layer and type(module).__module__.startswith("torch.ao.nn"):
         reason = f"{type(module).__module__}.{name} holds a quantized weight"
         return [Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, name, obstacle=reason)]
+    if "Linear" in name and holds_integers(module):
+        reason = f"{name} holds its weight in integers (quantized)"
+        return [Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, name, obstacle=reason)]
     return []
+
+
+def holds_integers(module: nn.Module) -> bool:
+    """Whether a layer of some library (GPTQ, AWQ, HQQ, BitNet ...) keeps a matrix of integers."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return not module._modules and any(
+        t is not None and t.ndim == 2 and not t.is_floating_point() and t.dtype is not torch.bool
+        for t in own
+    )
 
 
 def _kind(module: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
 from .generate import base_class, compile_forward, generated_class
 from .packed import decompress_weight, unpack_weight
+from .read_only import read_only
 from .replace import replace_uses
 from .site import SITES, Site, control_name, forms_of, mask_name
 from .tracer import Untraceable, trace_late_bound
@@ -92,11 +93,12 @@ def _unpacked_weight(self: Any) -> Tensor:
     """The dense weight of a packed layer, for code that reads it; made anew on every access."""
     site = self.__dict__[SITES][0]
     values, index = self.weight_values, self.weight_index
-    return unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+    weight = unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+    return read_only(weight)
 
 
 def _decompressed_weight(self: Any) -> Tensor:
     """The same of a semi-structured layer."""
     site = self.__dict__[SITES][0]
     tensors = self.weight_compressed, self.weight_meta
-    return decompress_weight(*tensors, site.shape, site.dim, site.dtype)
+    return read_only(decompress_weight(*tensors, site.shape, site.dim, site.dtype))

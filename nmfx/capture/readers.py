@@ -44,8 +44,8 @@ _scans: weakref.WeakKeyDictionary[type, Scan] = weakref.WeakKeyDictionary()
 
 def weights_read(module: nn.Module, base: type[nn.Module]) -> Reads:
     """What the methods of `base` read, write and call below `module`."""
-    if base.__module__.startswith("torch.nn.modules."):
-        return Reads()  # known: own_weights.py and guards.py say what they do
+    if base.__module__.startswith(("torch.nn.modules.", "peft.")):
+        return Reads()  # known: own_weights.py, guards.py and adapters.py say what they do
     if isinstance(module, fx.GraphModule):
         return Reads()  # its graph tells more than its source
     scan = _scans.get(base)
