@@ -294,3 +294,20 @@ def test_a_hook_on_saved_tensors_sees_what_a_dense_layer_saves() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         as_one(layer)(x, w, b)
     assert [t.data_ptr() for t in packed] == [x.data_ptr(), w.data_ptr(), CONTROL.data_ptr()]
+
+
+@each_layer
+def test_the_output_can_be_changed_in_place(name: str) -> None:
+    # As nn.ReLU(inplace=True) does, and models that scale their embeddings by `x *= scale`.
+    layer = LAYERS[name]
+    operands_of = operands(layer)
+    one = outputs(lambda *tensors: as_one(layer)(*tensors).mul_(2.0), operands_of)
+    two = outputs(lambda *tensors: as_two(layer)(*tensors) * 2.0, operands_of)
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_output_of_an_unbatched_convolution_too(kind: type[nn.Module]) -> None:
+    model = nmfx.sparsify(nn.Sequential(kind(4, 4, 3), nn.ReLU(inplace=True)), "2:4")
+    model(torch.randn(4, 5, 5)).sum().backward()
+    assert model[0].weight.grad is not None

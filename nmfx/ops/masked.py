@@ -186,6 +186,10 @@ class _Masked(torch.autograd.Function):
         ctx.save_for_backward(kept, weight, side)
         ctx.constants = constants
         out: Tensor = consume(input, _masked(weight, side, m, dim, dtype), bias, *rest)
+        if out._is_view():
+            # F.linear of a batch with a bias, a convolution without one: what it is a view of is
+            # nobody's, but autograd lets no one change a view from in here in place.
+            out = torch.ops.aten._unsafe_view.default(out, out.shape)
         return out
 
     @staticmethod
