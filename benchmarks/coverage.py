@@ -19,7 +19,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forks must start from one thread
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,13 +26,13 @@ os.environ.setdefault("NMFX_CACHE", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from sweep import checks, workspace
-from sweep.runner import Limits, Notes, Row, run_all
+from sweep import workspace
+from sweep.runner import Limits, Row, run_all
+from sweep.stages import STAGES
 from sweep.table import outcome, write
 from sweep.torchvision_ops import load_operators
-from sweep.zoo import LIBRARIES, build, library
+from sweep.zoo import LIBRARIES, library
 
-STAGES = ("main", "compile", "tune")
 AGAIN = ("all", "not dense", "nmerror", "fail", "silent", "bad")
 
 
@@ -52,10 +51,12 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("sweep_work"), help="folder to resume from")
+    parser.add_argument(
+        "--work", type=Path, default=Path("sweep_work"), help="folder to resume from"
+    )
     parser.add_argument("--library", choices=LIBRARIES, nargs="+", default=list(LIBRARIES))
     parser.add_argument("--only", default="*", help="glob over library/name")
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES))
+    parser.add_argument("--stage", choices=list(STAGES), nargs="+", default=list(STAGES))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", choices=AGAIN, help="also those that have a row of this outcome")
     parser.add_argument("--result", type=Path, help="instead of results/coverage_<yyyymm>.md")
@@ -91,7 +92,7 @@ def _run(args: argparse.Namespace, stage: str) -> None:
             key = f"{lib}/{name}"
             row = rows.get(key, {})
             if fnmatch.fnmatchcase(key, args.only) and _wanted(row, stage, key, args.again):
-                jobs[key] = partial(WORK[stage], key, row.get("recipe", ""))
+                jobs[key] = partial(STAGES[stage], key, row.get("recipe", ""))
     start, total = time.monotonic(), len(jobs)
     counted = 0
 
@@ -101,7 +102,10 @@ def _run(args: argparse.Namespace, stage: str) -> None:
         workspace.append(path, {"key": key, f"{stage}_done": True, **_staged(row, stage)})
         bad = [f"{k}: {v}" for k, v in row.items() if str(v).startswith(("fail", "nmerror"))]
         text = row.get("dense") or "; ".join(bad) or "ok"
-        print(f"{stage} {counted}/{total} {time.monotonic() - start:.0f}s {key}: {text[:230]}", flush=True)
+        print(
+            f"{stage} {counted}/{total} {time.monotonic() - start:.0f}s {key}: {text[:230]}",
+            flush=True,
+        )
 
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of what the parent imported
@@ -109,7 +113,10 @@ def _run(args: argparse.Namespace, stage: str) -> None:
 
 
 def _staged(row: Row, stage: str) -> Row:
-    return {k if k not in ("cpu", "end", "killed", "error") else f"{stage}_{k}": v for k, v in row.items()}
+    return {
+        k if k not in ("cpu", "end", "killed", "error") else f"{stage}_{k}": v
+        for k, v in row.items()
+    }
 
 
 def _wanted(row: Row, stage: str, key: str, again: str | None) -> bool:
@@ -121,53 +128,6 @@ def _wanted(row: Row, stage: str, key: str, again: str | None) -> bool:
     if stage == "main":
         return True
     return row.get("sparsify") == "pass" and (stage != "tune" or sum(key.encode()) % 10 == 0)
-
-
-def _main_work(key: str, recipe: str, note: Notes) -> None:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    note("begin", "dense")
-    case = _build(key, recipe, note)
-    if case is None:
-        return
-    note("parameters", sum(p.numel() for p in case.model.parameters()))
-    if not checks.check_install(case, note):
-        return
-    checks.check_against_reference(case, note)
-    trained = checks.check_training(case, note)
-    checks.check_after(case, trained, note)
-
-
-def _build(key: str, recipe: str, note: Notes) -> Any:
-    try:
-        case = build(key, recipe)
-        checks.measure(case, case.fresh(), False)
-    except Exception as error:  # noqa: BLE001 (it is the row)
-        import traceback
-
-        traceback.print_exc()
-        note("dense", f"does not run dense here: {type(error).__name__}: {error}"[:700])
-        return None
-    note("recipe", case.recipe)
-    return case
-
-
-def _compile_work(key: str, recipe: str, note: Notes) -> None:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    checks.check_compiled(build(key, recipe), note)
-
-
-def _tune_work(key: str, recipe: str, note: Notes) -> None:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    checks.check_tuned(build(key, recipe), note)
-
-
-WORK = {"main": _main_work, "compile": _compile_work, "tune": _tune_work}
 
 
 if __name__ == "__main__":

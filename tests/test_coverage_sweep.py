@@ -18,7 +18,7 @@ import nmfx
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from sweep import checks, reference, shrink, table, timm_zoo, torch_zoo
+from sweep import reference, shrink, stages, table, timm_zoo, torch_zoo
 from sweep.case import Case, liven
 from sweep.compare import compare
 
@@ -45,9 +45,7 @@ def run_steps(case: Case) -> dict[str, Any]:
     def note(key: str, value: Any) -> Any:
         return row.get(value) if key == "get" else row.__setitem__(key, value)
 
-    if checks.check_install(case, note):
-        checks.check_against_reference(case, note)
-        checks.check_after(case, checks.check_training(case, note), note)
+    stages.main_steps(case, note)
     return row
 
 
@@ -55,7 +53,9 @@ def reader() -> Case:
     return Case(Reader().eval(), (torch.randn(3, 16),))
 
 
-@pytest.mark.parametrize("name", ["Linear", "Conv2d_groups", "translation_tied", "TransformerEncoder"])
+@pytest.mark.parametrize(
+    "name", ["Linear", "Conv2d_groups", "translation_tied", "TransformerEncoder"]
+)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sweep_passes_models_that_are_right(name: str) -> None:
     row = run_steps(torch_zoo.build(name))
@@ -111,7 +111,9 @@ SPARSIFY = nmfx.sparsify
 
 
 def test_sweep_counts_an_nmerror_as_one() -> None:
-    row = run_steps(Case(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval(), (torch.ones(1, 3),)))
+    row = run_steps(
+        Case(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval(), (torch.ones(1, 3),))
+    )
     assert row["sparsify"].startswith("nmerror: nothing to sparsify"), row
     assert table.outcome(row) == "nmerror"
     assert "straddle" in table.reasons(row)
@@ -144,7 +146,11 @@ def test_liven_moves_constants_and_scales_up_what_is_tiny() -> None:
 def test_shrink_keeps_what_must_divide() -> None:
     transformers = pytest.importorskip("transformers", reason="shrinks its configs")
     config = shrink.Shrinker(16).config(transformers.LlamaConfig)
-    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (256, 32, 2)
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (
+        256,
+        32,
+        2,
+    )
     assert config.vocab_size == shrink.VOCAB
     both = shrink.Shrinker(8).config(transformers.CLIPConfig)
     assert both.text_config.hidden_size == 64
@@ -162,7 +168,7 @@ def test_timm_choice_takes_the_smallest_of_each_variety() -> None:
             "seresnet18": ("resnet", 12),
         }
     )
-    expected = ["resnet18", "seresnet18", "vit_relpos_small_patch16_224", "vit_tiny_patch16_224"]
+    expected = ["vit_tiny_patch16_224", "resnet18", "seresnet18", "vit_relpos_small_patch16_224"]
     assert found == expected
 
 

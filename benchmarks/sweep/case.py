@@ -23,6 +23,8 @@ class Case:
         inputs: keywords or positional arguments of one call.
         train_inputs: of one call in train mode, where that takes others (detection: targets).
         recipe: how it was made, in words for the table.
+        again: builds the model once more, for those that cannot be copied.
+        masks: of its weights, as far as they were computed.
     """
 
     model: nn.Module
@@ -30,6 +32,7 @@ class Case:
     train_inputs: Inputs | None = None
     recipe: str = ""
     again: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def fresh(self) -> nn.Module:
         """Another copy of the dense model: same weights, no shared state."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sweep.case import Inputs, call, outputs, probe_loss
 from torch import Tensor, nn
+
+from sweep.case import Inputs, call, outputs, probe_loss
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,14 +69,17 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
 def nm_mask(weight: Tensor, n: int, m: int, dim: int) -> Tensor:
     """The N:M mask by its definition: True where fewer than `n` of the group beat the weight."""
     groups = weight.detach().abs().movedim(dim, -1).unflatten(-1, (-1, m))
-    mine, other = groups.unsqueeze(-1), groups.unsqueeze(-2)
-    earlier = torch.ones(m, m).tril(-1).bool()  # [i, j]: j stands before i
-    beaten = (other > mine) | ((other == mine) & earlier)
-    return (beaten.sum(-1) < n).flatten(-2).movedim(-1, dim)
+    beaten = torch.zeros(groups.shape, dtype=torch.uint8)
+    for j in range(m):
+        other = groups[..., j : j + 1]
+        stands_before = torch.arange(m) > j
+        beaten += (other > groups) | ((other == groups) & stands_before)
+    return (beaten < n).flatten(-2).movedim(-1, dim)
 
 
 def run(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn.Module] | None = None) -> Any:
     """One call and its backward, with the calls of the watched modules counted."""
+    model.zero_grad(set_to_none=True)
     with _counted(watched or {}) as uses:
         result = call(model, inputs)
     loss = probe_loss(result)
@@ -88,25 +92,20 @@ def run(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn.Module] | Non
 def masked(
     model: nn.Module,
     inputs: Inputs,
-    dims: Mapping[str, int],
+    pruned: Mapping[str, Tensor],
     lambda_w: float,
-    train: bool = False,
-    pattern: tuple[int, int] = (2, 4),
 ) -> Measured:
-    """The masked model's outputs and gradients; its weights are overwritten.
+    """Outputs of a model that `mask_` changed, and its gradients with the SR-STE term.
 
     Args:
-        model: a fresh dense model.
+        model: in the mode to run in.
         inputs: of one call.
-        dims: parameter name -> dimension, for the parameters to mask.
+        pruned: what `mask_` returned.
         lambda_w: strength of the SR-STE term.
-        train: the mode.
-        pattern: (N, M).
     """
-    pruned = mask_(model, dims, pattern)
     layers = layer_weights(model)
-    watched = {name: layers[name][0] for name in dims if name in layers}
-    measured = run(model.train(train), inputs, watched)
+    watched = {name: layers[name][0] for name in pruned if name in layers}
+    measured = run(model, inputs, watched)
     for name, rest in pruned.items():
         grad = measured.grads[name]
         if grad is not None:
@@ -114,14 +113,11 @@ def masked(
     return measured
 
 
-def mask_(
-    model: nn.Module, dims: Mapping[str, int], pattern: tuple[int, int] = (2, 4)
-) -> dict[str, Tensor]:
+def mask_(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeroes the pruned weights in place; returns them by name, zero where a weight is kept."""
     pruned = {}
-    for name, dim in dims.items():
+    for name, kept in masks.items():
         weight = model.get_parameter(name).data
-        kept = nm_mask(weight, *pattern, dim)
         pruned[name] = torch.where(kept, 0.0, weight)
         weight.masked_fill_(~kept, 0.0)
     return pruned
@@ -130,10 +126,12 @@ def mask_(
 @contextmanager
 def _counted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
     calls: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_hook(lambda *_, key=name: calls.update([key]))
-        for name, module in modules.items()
-    ]
+
+    def hook(name: str) -> Any:
+        # Only a call with gradients adds its decay: some models iterate without before the last.
+        return lambda *_: calls.update([name] * torch.is_grad_enabled())
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield calls
     finally:

@@ -55,7 +55,11 @@ class _Child:
 
 
 def run_all(
-    jobs: dict[str, Work], folder: Path, workers: int, limits: Limits, done: Callable[[str, Row], None]
+    jobs: dict[str, Work],
+    folder: Path,
+    workers: int,
+    limits: Limits,
+    done: Callable[[str, Row], None],
 ) -> None:
     """Runs every job in a forked child; `done(key, row)` is called as each ends."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,10 +47,12 @@ class Shrinker:
     Attributes:
         factor: that widths are divided by.
         layers: the most layers of a stack, where its pattern needs no more.
+        image: the side of a square image where the patch size divides it, or None: as it is, up to
+            `IMAGE`.
     """
 
-    def __init__(self, factor: int, layers: int = 2) -> None:
-        self.factor, self.layers = factor, layers
+    def __init__(self, factor: int, layers: int = 2, image: int | None = None) -> None:
+        self.factor, self.layers, self.image = factor, layers, image
         self._ids: dict[int, int] = {}
 
     def config(self, cls: type, base: Any = None) -> Any:
@@ -82,8 +84,12 @@ class Shrinker:
         return min(max([self.layers, *(i + 1 for i in first)]), 8)
 
     def _field(self, config: Any, name: str, value: Any, count: int) -> Any:
+        if name == "prediction_length" and value is None:
+            return 8
         if isinstance(value, bool) or value is None:
             return value
+        if name in ("image_size", "img_size", "pretrain_image_size"):
+            return self._image(value, getattr(config, "patch_size", None))
         if isinstance(value, int):
             return self._number(name, value, count)
         if isinstance(value, (list, tuple)) and value:
@@ -93,7 +99,7 @@ class Shrinker:
         return value
 
     def _number(self, name: str, value: int, count: int) -> int:
-        if "vocab_size" in name and value > VOCAB and "type" not in name:
+        if "vocab" in name and value > VOCAB and "type" not in name:
             return VOCAB
         if _EXPERTS.search(name):
             return min(value, 4)
@@ -107,10 +113,17 @@ class Shrinker:
             return min(value, count)
         if _POSITIONS.search(name):
             return min(value, POSITIONS)
-        if name in ("image_size", "img_size", "pretrain_image_size") and value > IMAGE:
-            return value // 4 if value % 4 == 0 and value // 4 >= 64 else value
         if value >= 32 and _WIDTH.search(name) and not _NO_WIDTH.search(name):
             return value // self.factor if value % self.factor == 0 else value
+        return value
+
+    def _image(self, value: Any, patch: Any) -> Any:
+        if isinstance(value, int) and self.image is not None and value > self.image:
+            patch = patch if isinstance(patch, int) else 16
+            wanted = 4 * patch if self.image % patch else self.image
+            return min(wanted, value)
+        if isinstance(value, int) and value > IMAGE and value % 4 == 0:
+            return value // 4
         return value
 
     def _token(self, value: int) -> int:
@@ -125,7 +138,9 @@ class Shrinker:
         if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             if _TOKEN.search(name):
                 return kind(self._token(v) for v in value)
-            if re.search(r"^depths$|layers_per|num_blocks|^layers$|stage_num_blocks|blocks_per", name):
+            if re.search(
+                r"^depths$|layers_per|num_blocks|^layers$|stage_num_blocks|blocks_per", name
+            ):
                 return kind(min(v, self.layers) for v in value)
             if re.search(r"image_size", name):
                 return value
@@ -133,8 +148,10 @@ class Shrinker:
                 if all(v % self.factor == 0 for v in value if v >= 32):
                     return kind(v // self.factor if v >= 32 else v for v in value)
         layers = getattr(config, "num_hidden_layers", None)
-        if isinstance(layers, int) and len(value) == layers and layers > count:
-            return value[:count]
+        per_layer = isinstance(value[0], str) or re.search(r"layer|type|pattern", name)
+        if per_layer and not hasattr(config, "depths"):
+            if isinstance(layers, int) and len(value) == layers and layers > count:
+                return value[:count]
         return value
 
     def _rope(self, value: dict[str, Any]) -> dict[str, Any]:

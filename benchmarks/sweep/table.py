@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, cpu_name, versions
-from sweep.checks import SILENT
+
+from sweep.steps import SILENT
 
 Row = dict[str, Any]
 STEPS = (
-    "sparsify", "report", "verify", "eval", "train", "no_grad", "steps", "fold", "lower", "save",
-    "compile", "tune",
+    "sparsify",
+    "report",
+    "verify",
+    "eval",
+    "train",
+    "no_grad",
+    "steps",
+    "fold",
+    "lower",
+    "save",
+    "compile",
+    "tune",
 )
 WORDS = {
     "sparsify": "state_dict keys, parameter identity and training flags are kept",
@@ -81,8 +92,15 @@ def summary(rows: Iterable[Row]) -> str:
         dense = len(chosen) - count["not dense"]
         share = f" ({count['pass'] / dense:.1%})" if dense else ""
         lines.append(
-            [name, str(len(chosen)), str(dense), f"{count['pass']}{share}", str(count["nmerror"]),
-             str(count["fail"]), str(count["silent"])]
+            [
+                name,
+                str(len(chosen)),
+                str(dense),
+                f"{count['pass']}{share}",
+                str(count["nmerror"]),
+                str(count["fail"]),
+                str(count["silent"]),
+            ]
         )
     return _table(lines)
 

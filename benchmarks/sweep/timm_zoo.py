@@ -11,8 +11,9 @@ import re
 from typing import Any
 
 import torch
-from sweep.case import Case, call, finite, liven, outputs
 from torch import nn
+
+from sweep.case import Case, call, finite, liven, outputs
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 384)
 # Words that say how large a model is, or on what it was trained, not what it is made of.
@@ -32,7 +33,7 @@ def variety(name: str) -> str:
 
 
 def choose(parameters: dict[str, tuple[str, int]]) -> list[str]:
-    """The smallest name of each (class, variety).
+    """The smallest name of each (class, variety), smaller models first.
 
     Args:
         parameters: name -> (class, number of parameters).
@@ -43,7 +44,7 @@ def choose(parameters: dict[str, tuple[str, int]]) -> list[str]:
         key = (kind, variety(name))
         if key not in best or size < parameters[best[key]][1]:
             best[key] = name
-    return sorted(best.values())
+    return sorted(best.values(), key=lambda name: (parameters[name][1], name))
 
 
 def count_parameters() -> dict[str, tuple[str, int]]:

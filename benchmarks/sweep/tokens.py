@@ -48,8 +48,13 @@ def with_placeholders(
 ) -> dict[str, Any] | None:
     """Token ids with as many image or audio placeholders as the features that were computed."""
     config = model.config
-    for name in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index",
-                 "video_token_id"):
+    for name in (
+        "image_token_id",
+        "image_token_index",
+        "audio_token_id",
+        "audio_token_index",
+        "video_token_id",
+    ):
         token = _get(config, name)
         if isinstance(token, int) and "input_ids" in inputs and features % BATCH == 0:
             text = inputs["input_ids"][:, :LENGTH]
@@ -83,8 +88,12 @@ def _ids(config: Any, decoder: bool = False) -> Tensor:
     vocab = getattr(text, "vocab_size", None) or _get(config, "vocab_size", 100)
     if isinstance(vocab, (list, tuple)):
         vocab = min(vocab)
-    special = {v for c in (config, text) for k, v in vars(c).items()
-               if k.endswith(("_id", "_index")) and isinstance(v, int)}
+    special = {
+        v
+        for c in (config, text)
+        for k, v in vars(c).items()
+        if k.endswith(("_id", "_index")) and isinstance(v, int)
+    }
     free = [i for i in range(min(int(vocab), 100)) if i not in special]
     free = free or list(range(int(vocab)))
     draw = torch.randint(0, len(free), (BATCH, LENGTH), generator=_seeded())
@@ -129,6 +138,8 @@ def _features(config: Any, model: nn.Module) -> Tensor:
 
 
 def _wave(config: Any, model: nn.Module) -> Tensor:
+    if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):  # a spectrogram
+        return _randn(BATCH, int(config.max_length), int(config.num_mel_bins))
     if "Codec" in type(model).__name__ or hasattr(config, "audio_channels"):
         return _randn(BATCH, int(_get(config, "audio_channels", 1)), 3200)
     return _randn(BATCH, 3200)
@@ -152,9 +163,27 @@ def _series(config: Any, model: nn.Module) -> Tensor:
     return _randn(BATCH, length, channels) if channels else _randn(BATCH, length)
 
 
+def _patches(config: Any, model: nn.Module) -> Tensor:
+    """Flat patches of one image of 4 x 4, for towers that take their grid; else hidden states."""
+    if "grid_thw" not in inspect.signature(model.forward).parameters:
+        return _randn(BATCH, LENGTH, int(_get(config, "hidden_size", 32)))
+    channels = _get(config, "in_channels", None) or _get(config, "num_channels", 3)
+    frames = int(_get(config, "temporal_patch_size", 1))
+    return _randn(16, int(channels) * frames * int(_get(config, "patch_size", 14)) ** 2)
+
+
 _MODALITIES = (
-    "input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids", "bbox",
-    "past_values", "audio_values", "pixel_values_videos", "image", "waveform",
+    "input_ids",
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "decoder_input_ids",
+    "bbox",
+    "past_values",
+    "audio_values",
+    "pixel_values_videos",
+    "image",
+    "waveform",
 )
 _DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _MAKERS: dict[str, Any] = {
@@ -173,12 +202,17 @@ _MAKERS: dict[str, Any] = {
     "bbox": _boxes,
     "past_values": _series,
     "past_time_features": lambda c, m: _randn(
-        BATCH, _series(c, m).shape[1], max(int(getattr(c, "num_time_features", 0)), 1)
+        BATCH, _series(c, m).shape[1], int(getattr(c, "num_time_features", 0))
     ),
     "past_observed_mask": lambda c, m: torch.ones_like(_series(c, m)),
     "image": _pixels,
     "inputs": lambda c, m: _randn(BATCH, LENGTH, int(_get(c, "d_model", 32))),
-    "hidden_states": lambda c, m: _randn(BATCH, LENGTH, int(_get(c, "hidden_size", 32))),
+    "hidden_states": _patches,
+    "grid_thw": lambda c, m: torch.tensor([[1, 4, 4]]),
+    "query_embeds": lambda c, m: _randn(BATCH, LENGTH, int(_get(c, "hidden_size", 32))),
+    "input_features_mask": lambda c, m: torch.ones(
+        BATCH, _features(c, m).shape[-1], dtype=torch.long
+    ),
     "encoder_hidden_states": lambda c, m: _randn(
         BATCH, LENGTH, int(_get(c, "encoder_hidden_size", None) or _get(c, "hidden_size", 32))
     ),

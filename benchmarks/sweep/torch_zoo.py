@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.utils.prune
-from sweep.case import Case, Inputs
 from torch import Tensor, nn
+
+from sweep.case import Case, Inputs
 
 WIDTH = 32
 

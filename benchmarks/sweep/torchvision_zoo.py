@@ -13,8 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sweep.case import Case, Inputs, call, finite, liven, outputs
 from torch import Tensor, nn
+
+from sweep.case import Case, Inputs, call, finite, liven, outputs
 
 SIZES = (64, 96, 128, 224)
 VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d")
@@ -58,7 +59,11 @@ def _ways(name: str) -> list[Way]:
     if name.startswith("raft"):
         return [(_label(128), lambda: _get(name), _flow, None)]
     if name.startswith(VIDEO):
-        ways = [_sized(name, size, (2, 3, frames, size, size)) for frames in (8, 16) for size in (64, 224)]
+        ways = [
+            _sized(name, size, (2, 3, frames, size, size))
+            for frames in (8, 16)
+            for size in (64, 224)
+        ]
     else:
         ways = [_sized(name, size, (2, 3, size, size)) for size in SIZES]
     return ways
@@ -72,7 +77,12 @@ def _sized(name: str, size: int, shape: tuple[int, ...]) -> Way:
     options = {"image_size": size} if name.startswith("vit_") else {}
     if name.startswith("maxvit"):
         options = {"input_size": (size, size)}
-    return "x".join(map(str, shape)), lambda: _get(name, **options), lambda: (_random(*shape),), None
+    return (
+        "x".join(map(str, shape)),
+        lambda: _get(name, **options),
+        lambda: (_random(*shape),),
+        None,
+    )
 
 
 def _get(name: str, **options: Any) -> nn.Module:

@@ -10,32 +10,61 @@ import re
 import time
 from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 import torch
+from torch import nn
+
 from sweep.case import Case, call, finite, liven, outputs
 from sweep.shrink import Shrinker
 from sweep.tokens import candidates, with_placeholders
-from torch import nn
 
 FACTORS = (16, 8, 4, 32, 2)
-MOST_PARAMETERS = 60_000_000
+WIDE_FACTORS = (32, 16, 64, 8, 4)
+MOST_PARAMETERS = 40_000_000
 SEARCH_SECONDS = 60.0
-_TASKS = (
-    "SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ CAUSAL_LM MASKED_LM IMAGE_TEXT_TO_TEXT MULTIMODAL_LM "
-    "PRETRAINING OBJECT_DETECTION INSTANCE_SEGMENTATION UNIVERSAL_SEGMENTATION "
-    "SEMANTIC_SEGMENTATION IMAGE_CLASSIFICATION VIDEO_CLASSIFICATION DEPTH_ESTIMATION CTC RNNT "
-    "AUDIO_CLASSIFICATION TEXT_TO_SPECTROGRAM TEXT_TO_WAVEFORM ZERO_SHOT_OBJECT_DETECTION "
-    "ZERO_SHOT_IMAGE_CLASSIFICATION MASK_GENERATION KEYPOINT_DETECTION KEYPOINT_MATCHING "
-    "TIME_SERIES_PREDICTION IMAGE_TO_IMAGE VISUAL_QUESTION_ANSWERING SEQUENCE_CLASSIFICATION "
-    "QUESTION_ANSWERING TOKEN_CLASSIFICATION TEXT_RECOGNITION POSE_ESTIMATION"
-).split()
+_TASKS = [
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "CAUSAL_LM",
+    "MASKED_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "PRETRAINING",
+    "OBJECT_DETECTION",
+    "INSTANCE_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION",
+    "SEMANTIC_SEGMENTATION",
+    "IMAGE_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+    "DEPTH_ESTIMATION",
+    "CTC",
+    "RNNT",
+    "AUDIO_CLASSIFICATION",
+    "TEXT_TO_SPECTROGRAM",
+    "TEXT_TO_WAVEFORM",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "MASK_GENERATION",
+    "KEYPOINT_DETECTION",
+    "KEYPOINT_MATCHING",
+    "TIME_SERIES_PREDICTION",
+    "IMAGE_TO_IMAGE",
+    "VISUAL_QUESTION_ANSWERING",
+    "SEQUENCE_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+    "TOKEN_CLASSIFICATION",
+    "TEXT_RECOGNITION",
+    "POSE_ESTIMATION",
+]
 
 
 def names() -> list[str]:
-    """All model types that a model class is registered for."""
+    """All model types that a model class is registered for, families apart (limits hit all alike)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return [name for name in CONFIG_MAPPING_NAMES if _class_names(name)]
+    found = [name for name in CONFIG_MAPPING_NAMES if _class_names(name)]
+    return sorted(found, key=lambda name: crc32(name.encode()))
 
 
 def _class_names(model_type: str) -> list[str]:
@@ -54,11 +83,11 @@ def build(name: str, recipe: str = "") -> Case:
     """A model of a type, and inputs; raises with the last error if nothing runs."""
     errors: list[str] = []
     end = time.process_time() + SEARCH_SECONDS
-    for label, cls, factor in _ways(name):
+    for label, cls, factor, image in _ways(name):
         if recipe and label != recipe.partition(":")[0]:
             continue
         try:
-            model = _small(cls, factor)
+            model = _small(cls, factor, image)
             inputs = _inputs(model)
         except Exception as error:  # noqa: BLE001 (another size or class may do)
             errors.append(f"{label}: {type(error).__name__}: {error}"[:300])
@@ -69,17 +98,34 @@ def build(name: str, recipe: str = "") -> Case:
     raise ValueError(" | ".join(dict.fromkeys(errors[:2] + errors[-1:])))
 
 
-def _ways(name: str) -> Iterator[tuple[str, type[nn.Module], int]]:
+def _ways(name: str) -> Iterator[tuple[str, type[nn.Module], int, int | None]]:
     import transformers
 
     for class_name in _class_names(name):
         cls = getattr(transformers, class_name)
-        for factor in FACTORS:
-            yield f"{class_name}/{factor}", cls, factor
+        for factor in WIDE_FACTORS if _width(cls) >= 2048 else FACTORS:
+            yield f"{class_name}/{factor}", cls, factor, 64
+            if _has_images(cls):
+                yield f"{class_name}/{factor}/full image", cls, factor, None
 
 
-def _small(cls: Any, factor: int) -> nn.Module:
-    config = Shrinker(factor).config(cls.config_class)
+def _has_images(cls: Any) -> bool:
+    main = getattr(cls, "main_input_name", "")
+    return "pixel" in str(main) or "image" in str(main)
+
+
+def _width(cls: Any) -> int:
+    try:
+        config = cls.config_class()
+        text = config.get_text_config()
+    except Exception:  # noqa: BLE001 (building it will tell)
+        return 0
+    found = [getattr(c, n, 0) for c in (config, text) for n in ("hidden_size", "d_model")]
+    return max((v for v in found if isinstance(v, int)), default=0)
+
+
+def _small(cls: Any, factor: int, image: int | None) -> nn.Module:
+    config = Shrinker(factor, image=image).config(cls.config_class)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > MOST_PARAMETERS:
