@@ -18,9 +18,9 @@ import nmfx
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from sweep import reference, shrink, stages, table, timm_zoo, torch_zoo
-from sweep.case import Case, liven
-from sweep.compare import compare
+from sweep import reference, shrink, stages, table, timm_zoo, torch_zoo  # noqa: E402
+from sweep.case import Case, liven  # noqa: E402
+from sweep.compare import compare  # noqa: E402
 
 
 class Reader(nn.Module):
@@ -175,7 +175,7 @@ def test_timm_choice_takes_the_smallest_of_each_variety() -> None:
 RUNNER = """
 import os, signal, sys, time
 from pathlib import Path
-from sweep.runner import Limits, run_all
+from sweep.runner import Limits, run_all  # noqa: E402
 
 def busy(note):
     note("begin", "fold")

@@ -26,6 +26,7 @@ _NO_WIDTH = re.compile(
     r"layer|depth|num_(?!.*(channels|filters))|kernel|window|image_|_heads|stride|dropout|prob|"
     r"codebook_size|max_|n_head|ratio|kv_channels_|vocab|embedding_size_per|std|chunk|expan|mult"
 )
+_NO_WIDTHS = r"kernel|stride|layer|pool|ratio|scale"
 _LAYERS = re.compile(
     r"^(num_hidden_layers|num_layers|n_layers?|depth|(en|de)coder_layers|num_blocks|n_blocks)$|"
     r"num_.*layers$|_layers$|num_.*blocks$|_depth$"
@@ -144,15 +145,13 @@ class Shrinker:
                 return kind(min(v, self.layers) for v in value)
             if re.search(r"image_size", name):
                 return value
-            if _WIDTH.search(name) and not re.search(r"kernel|stride|layer|pool|ratio|scale", name):
-                if all(v % self.factor == 0 for v in value if v >= 32):
-                    return kind(v // self.factor if v >= 32 else v for v in value)
-        layers = getattr(config, "num_hidden_layers", None)
+            wide = _WIDTH.search(name) and not re.search(_NO_WIDTHS, name)
+            if wide and all(v % self.factor == 0 for v in value if v >= 32):
+                return kind(v // self.factor if v >= 32 else v for v in value)
         per_layer = isinstance(value[0], str) or re.search(r"layer|type|pattern", name)
-        if per_layer and not hasattr(config, "depths"):
-            if isinstance(layers, int) and len(value) == layers and layers > count:
-                return value[:count]
-        return value
+        layers = getattr(config, "num_hidden_layers", None)
+        one_each = per_layer and not hasattr(config, "depths") and len(value) == layers
+        return value[:count] if one_each and layers > count else value
 
     def _rope(self, value: dict[str, Any]) -> dict[str, Any]:
         sections = value.get("mrope_section")

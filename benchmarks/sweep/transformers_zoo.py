@@ -60,7 +60,7 @@ _TASKS = [
 
 
 def names() -> list[str]:
-    """All model types that a model class is registered for, families apart (limits hit all alike)."""
+    """All model types with a model class; families apart, so that a part of a sweep is a sample."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     found = [name for name in CONFIG_MAPPING_NAMES if _class_names(name)]
