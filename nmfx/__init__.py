@@ -10,6 +10,8 @@ N:M always means: keep N of every M.
 from . import plot
 from .attach import Attachment, attach
 from .audit import verify
+from .backend import backend
+from .check_onnx import check_onnx
 from .errors import NMError
 from .fold import fold
 from .load import load
@@ -45,6 +47,8 @@ __all__ = [
     "Report",
     "Sad",
     "attach",
+    "backend",
+    "check_onnx",
     "conv_nm",
     "fold",
     "freeze",

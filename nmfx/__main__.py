@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, module, text in (
         ("report", report, "which layers of a file satisfy which N:M"),
-        ("check", check, "exit status 1, and where, if a file breaks a pattern"),
+        ("check", check, "exit status 1, and where, if a file (.onnx too) breaks a pattern"),
         ("convert", convert, "make a checkpoint N:M, shard by shard, without its model"),
         ("bench", bench, "what N:M gains on this machine, as a table and a picture"),
         ("doctor", doctor, "what this machine has, and what will be fast on it"),

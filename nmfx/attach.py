@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.sharding import fsdp_modules, reshard
 from .capture.site import SITES, SiteRef, sites_of
 from .errors import NMError
+from .ops.sharded import is_sharded, with_whole_groups
 from .ops.sr_ste import add_decay_, make_control
 
 
 class Attachment:
     """The decay of some layers, applied by one optimizer; made by `nmfx.attach`."""
 
-    def __init__(self, refs: list[SiteRef], optimizer: torch.optim.Optimizer) -> None:
-        self._refs = refs
+    def __init__(
+        self, refs: list[SiteRef], optimizer: torch.optim.Optimizer, sharded: list[Any]
+    ) -> None:
+        self._refs, self._sharded = refs, sharded
         for ref in refs:
             ref.site.attached = self
             ref.refresh_control()
@@ -82,7 +86,10 @@ class Attachment:
         # Fused optimizers divide by the loss scale themselves; GradScaler lends it for the step.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         controls: dict[tuple[float, int, torch.device], Tensor] = {}
-        for ref in self._live():
+        for module in self._sharded:  # FSDP2 may have been told to keep gathered weights
+            module.reshard()
+        tied = {id(ref.parameter): ref for ref in self._live()}
+        for ref in tied.values():  # each weight once, also where several layers share it
             weight, site = ref.parameter, ref.site
             if weight.grad is None or site.state != "sparse" or site.lambda_w == 0.0:
                 continue
@@ -91,23 +98,23 @@ class Attachment:
                 controls[key] = make_control(*key)
                 if scale is not None:
                     controls[key][0].mul_(scale.to(weight.device))
-            grad, values = _whole_groups(ref, weight.grad), _whole_groups(ref, weight)
-            add_decay_(grad, values, controls[key], site.pattern.m, site.dim)
+            if is_sharded(weight):
+                _add_to_parts(weight, controls[key], site.pattern.m, site.dim)
+            else:
+                add_decay_(weight.grad, weight, controls[key], site.pattern.m, site.dim)
 
 
-def _whole_groups(ref: SiteRef, tensor: Any) -> Tensor:
-    """The tensor, or of a DTensor (FSDP2) the shard of this rank: no group spans two of them."""
-    if not hasattr(tensor, "placements"):
-        return tensor
-    dim, m = ref.site.dim, ref.site.pattern.m
-    for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        if placement.is_shard(dim) and -(-tensor.shape[dim] // ranks) % m:
-            raise NMError(
-                f"{ref.name}: {tensor.shape[dim]} elements of dim {dim}, sharded over {ranks} "
-                f"ranks, leave groups of {m} on two ranks; shard another dimension or do without "
-                f"nmfx.attach"
-            )
-    return tensor.to_local()
+def _add_to_parts(weight: Any, control: Tensor, m: int, dim: int) -> None:
+    """`add_decay_` to the gradient of a DTensor, by each rank for its part."""
+    whole, grad = with_whole_groups(weight.detach(), m, dim), weight.grad
+    placements = tuple(whole.placements)
+    if placements == tuple(weight.placements) == tuple(grad.placements):
+        add_decay_(grad.to_local(), whole.to_local(), control, m, dim)
+        return
+    # Groups that lie on several ranks, or a gradient that ranks have yet to sum.
+    grad = grad.redistribute(placements=placements)
+    add_decay_(grad.to_local(), whole.to_local(), control, m, dim)
+    weight.grad = grad.redistribute(placements=weight.placements)
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
@@ -136,10 +143,11 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise NMError(f"nmfx.attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    reshard(model)  # optimizers own shards
     refs = [ref for ref in refs if id(ref.parameter) in owned]
     if not refs:
         raise NMError(
             f"{type(optimizer).__name__} owns none of the sparsified weights; attach the optimizer "
             f"that was built from model.parameters()"
         )
-    return Attachment(refs, optimizer)
+    return Attachment(refs, optimizer, fsdp_modules(model))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .capture.sharding import BEFORE, refuse_sharded
 from .capture.site import SiteRef, sites_of
 from .errors import NMError
 from .schedule import site_mask
@@ -45,6 +46,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
         NMError: no sparsified layer, or one that is on the meta device.
     """
     refs = sites_of(model, "verify")
+    refuse_sharded(model, "verify", BEFORE)
     for ref in refs:
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to run")

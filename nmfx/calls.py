@@ -128,7 +128,9 @@ def compare_outputs(expected: Any, actual: Any, number: int) -> None:
         if not error <= most:
             raise NMError(
                 f"call {number}: the lowered model's output differs from the folded model's by "
-                f"{error:.1e} (relative norm), more than {most:.0e}"
+                f"{error:.1e} (relative norm), more than {most:.0e}. If something reads a weight "
+                f"around its mask, nmfx.verify(model, ...) on the sparsified model names it: keep "
+                f"that layer dense with a rule"
             )
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
+from .capture.sharding import refuse_copy, reshard
 from .capture.site import MADE_ON, NOTES, SiteRef, iter_sites, marks_of, sites_of
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project
+from .ops.keep import keep
+from .ops.sharded import is_sharded, on_parts
 from .schedule import site_mask
-from .sparsify import restore
+from .sparsify import restore, taken_over
 from .storage.snapshot import Snapshot
 
 
@@ -30,6 +33,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     goes to any device. Batch norms that were folded into convolutions stay folded: their tensors
     are gone, and the `nn.Identity` in their place remains.
 
+    A sharded model (DTensor) is folded shard by shard, on all ranks at once.
+
     Args:
         model: a sparsified model, a lowered one, or one that is both in parts.
         inplace: fold `model` itself, reusing its memory; its parameters stay the same objects. An
@@ -41,10 +46,16 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         NMError: no sparsified or lowered layer; one that is on the meta device; one that cuSPARSELt
             compressed, away from its GPU; a part of a lowered model, whose activations are in
-            another part. Nothing is changed then.
+            another part; a copy of a model that `fully_shard` works on. Nothing is changed then.
     """
+    if isinstance(model, nn.Module):
+        given, model = model, taken_over(model, inplace)
+        inplace |= model is not given
     if not isinstance(model, nn.Module) or not any(iter_sites(model)):
         sites_of(model, "fold")  # tells what is wrong
+    if not inplace:
+        refuse_copy(model, "fold")
+    reshard(model)
     check_classes(model)
     lowered_sites(model)  # refuse before a copy is made
     for ref in iter_sites(model):
@@ -89,7 +100,13 @@ def bake(model: nn.Module, begun: list[str] | None = None) -> None:
 
 def masked_weight(ref: SiteRef) -> Tensor:
     """The weight that a site computes with, detached: its mask applied, +0.0 elsewhere."""
-    weight = ref.parameter.detach()
-    if ref.site.state == "frozen":
-        return torch.where(site_mask(ref), weight, 0.0)
-    return nm_project(weight, ref.site.pattern, ref.site.dim)
+    weight, site = ref.parameter.detach(), ref.site
+    if site.state == "frozen":
+        return keep(weight, site_mask(ref))
+
+    def project(part: Tensor) -> Tensor:
+        return nm_project(part, site.pattern, site.dim)
+
+    if is_sharded(weight):
+        return on_parts(project, site.pattern.m, site.dim, weight)
+    return project(weight)

@@ -17,7 +17,7 @@ from .capture.candidates import Candidate
 from .capture.fold_norm import NormFolding
 from .capture.fuse_activation import ActivationFusing
 from .capture.lowering import Target
-from .capture.neighbours import NORMS, Neighbour, Neighbours, Witness, activation_of
+from .capture.neighbours import Neighbour, Neighbours, Witness, activation_of, is_norm
 
 
 class Fusing:
@@ -62,17 +62,14 @@ class Fusing:
         name, layer = target.candidate.name, target.candidate.host
         found = self._chains[name]
         norm = found[0].second if found else None
-        if target.candidate.kind != "conv":
-            if type(norm) in NORMS:
-                self._chains[name] = []
-            return
-        if type(norm) not in NORMS:
+        if not is_norm(norm):
             unclear = self._neighbours.unclear(layer)
-            if unclear is not None:
+            if unclear is not None and target.candidate.kind == "conv":
                 self._remark(target, f"what follows it is not known: {unclear}")
             return
         assert isinstance(norm, nn.Module)
-        why = self._norms.fold_module(target, found[0], norm in self._training)
+        dims = self.witness.dims(found[0])
+        why = self._norms.fold_module(target, found[0], norm in self._training, dims)
         text = self._names[norm]
         if why is None:
             self._folded.add(norm)
@@ -126,7 +123,7 @@ def _chain(neighbours: Neighbours, layer: nn.Module) -> list[Neighbour]:
     """What stands behind a layer: at most one batch norm and one activation."""
     chain = []
     pair = neighbours.after(layer, layer)
-    if pair is not None and type(pair.second) in (*NORMS, nn.Identity):
+    if pair is not None and (is_norm(pair.second) or type(pair.second) is nn.Identity):
         chain.append(pair)
         assert isinstance(pair.second, nn.Module)
         pair = neighbours.after(pair.second, layer)

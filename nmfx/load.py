@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
+from .capture.sharding import LOAD, refuse_sharded
 from .capture.site import iter_sites, move_state
 from .errors import NMError
 from .mask import same_values
@@ -64,6 +65,7 @@ def load(
 
 
 def _load(path: str | os.PathLike[str], model: nn.Module, device: torch.device | str) -> None:
+    refuse_sharded(model, "load", LOAD)
     check_classes(model)
     place = _device(device)
     source = open_model(path)

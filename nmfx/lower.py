@@ -26,6 +26,7 @@ from torch import nn
 from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
+from .capture.sharding import refuse_sharded
 from .capture.site import (
     MADE_ON,
     MEASURED,
@@ -36,10 +37,12 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
+from .capture.take_over import recompose
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
 from .plan import make_plan
+from .sparsify import taken_over
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
 from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
@@ -129,9 +132,12 @@ def lower(
     calls = parse_calls(example_inputs)
     if cuda_graph:
         check_cuda_graph(model, calls, tune)
+    refuse_sharded(model, "lower")
     check_classes(model)
+    given, model = model, taken_over(model, inplace)
+    model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace or model is not given else copy.deepcopy(model)
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {

@@ -41,8 +41,13 @@ def check_groups(weight: Tensor, pattern: Pattern, dim: int) -> int:
 
     Raises:
         NMError: not a float16/bfloat16/float32/float64 tensor, no such dimension, or a length
-            that M does not divide.
+            that M does not divide; or a DTensor, of whose groups this process may have parts.
     """
+    if hasattr(weight, "placements"):
+        raise NMError(
+            f"the tensor of shape {tuple(weight.shape)} is a {type(weight).__name__}, of which "
+            f"this process has a part; gather it first: tensor.full_tensor()"
+        )
     if weight.dtype not in _BITS:
         raise NMError(
             f"dtype {weight.dtype} has no N:M order; use float16, bfloat16, float32 or float64"

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.sharding import reshard
 from .capture.site import SiteRef, iter_sites, sites_of
 from .errors import NMError
 from .mask_bits import count_ones, mask_bits
-from .schedule import local_part, masked_and_mask
+from .ops.sharded import groups_are_whole
+from .schedule import masked_and_mask, weight_part
 
 _VERSION = 1
 _PIECE = 2**16
@@ -36,7 +38,8 @@ class Monitor:
 
     Args:
         model: sparsified. Layers that are sparsified, frozen or lowered later are followed from
-            then on, or no longer. Of sharded weights (DTensor), this process's part is counted.
+            then on, or no longer. Of sharded weights (DTensor), this process's part is counted, and
+            where that cuts groups, all of them: `every` must be given then, on all ranks alike.
         every: steps between two measurements. None: as few as keep the time for measuring under
             `budget` of the whole.
         budget: share of the time between calls of `step` that measuring may take.
@@ -46,7 +49,8 @@ class Monitor:
         history: the latest measurements, oldest first: the dictionaries that `step` returned.
 
     Raises:
-        NMError: no sparsified layer, or a number out of range.
+        NMError: no sparsified layer, a number out of range, or groups that lie on several ranks and
+            no `every`.
     """
 
     def __init__(
@@ -119,11 +123,15 @@ class Monitor:
         )
 
     def _refs(self) -> list[SiteRef]:
+        reshard(self._model)
         return [ref for ref in iter_sites(self._model) if not ref.site.lowered]
 
     def _first(self) -> None:
         begin = time.perf_counter()
-        for ref in self._refs():
+        refs = self._refs()
+        if self._every is None:
+            _check_alone(refs)
+        for ref in refs:
             self._bits(ref, masked_and_mask(ref)[1])
         self._begin, self._since = begin, time.perf_counter()
         self._cost_s = self._spent_s = self._since - begin
@@ -149,7 +157,7 @@ class Monitor:
                 count_ones(bits ^ self._start[ref.name]),
                 count_ones(bits),
                 _energy(masked),
-                _energy(local_part(ref.parameter.detach())),
+                _energy(weight_part(ref)),
                 mask.numel(),
                 0.0 if ref.site.state == "frozen" else ref.site.lambda_w,
             ]
@@ -212,6 +220,17 @@ class Monitor:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.history)
+
+
+def _check_alone(refs: list[SiteRef]) -> None:
+    """Refuses layers that ranks must measure together, if each chooses when by its own clock."""
+    for ref in refs:
+        weight, site = ref.parameter, ref.site
+        if not groups_are_whole(weight, site.pattern.m, site.dim):
+            raise NMError(
+                f"{ref.name}: its groups of {site.pattern.m} lie on several ranks, which must "
+                f"measure it at the same steps; say at which: nmfx.Monitor(model, every=100)"
+            )
 
 
 def _checked(bits: Any) -> Tensor:

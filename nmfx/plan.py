@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from .capture.candidates import Candidate, find_candidates
+from .capture.candidates import Candidate, find_candidates, only_read
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
 from .capture.site import (
@@ -46,6 +46,11 @@ class Plan:
     dense: list[tuple[Candidate, str]]
 
 
+_NEVER_CALLED = (
+    "{} reads its weight and does not call it, so a packed one would be unpacked every time"
+)
+
+
 def make_plan(model: nn.Module) -> Plan:
     """Sorts all weights of a model that are not lowered yet; changes nothing.
 
@@ -53,13 +58,15 @@ def make_plan(model: nn.Module) -> Plan:
         NMError: no weight of the model is N:M sparse and not lowered, or one is on the meta device.
     """
     refs = {ref.name: ref for ref in iter_sites(model)}
-    plan = Plan([], [])
+    plan, readers = Plan([], []), only_read(model)
     any_sparse = False
     for candidate in find_candidates(model):
         ref = refs.get(candidate.name)
         if ref is not None and ref.site.lowered:
             continue
         pattern, reason = _outcome(candidate, ref)
+        if pattern is not None and reason is None and candidate.name in readers:
+            reason = _NEVER_CALLED.format(readers[candidate.name])
         any_sparse |= pattern is not None
         if pattern is not None and reason is None:
             plan.entries.append(Entry(candidate, pattern))

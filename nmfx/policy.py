@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 from torch import nn
@@ -94,11 +94,38 @@ def decide(model: nn.Module, candidates: list[Candidate], rules: list[Rule]) -> 
     """Applies the first matching rule to each candidate.
 
     Raises:
-        NMError: a rule that matches no module; an exact name that cannot be sparsified.
+        NMError: a rule that matches no module; an exact name that cannot be sparsified; two
+            patterns for one tied weight.
     """
     _check_rules(model, candidates, rules)
     head = head_names(model, candidates)
-    return [_decide(candidate, rules, head) for candidate in candidates]
+    decisions = [_decide(candidate, rules, head) for candidate in candidates]
+    return _agree(decisions) if any(c.tied for c in candidates) else decisions
+
+
+def _agree(decisions: list[Decision]) -> list[Decision]:
+    """Gives an embedding what the layers decide that it is tied to.
+
+    Raises:
+        NMError: these differ.
+    """
+    by_name = {decision.candidate.name: decision for decision in decisions}
+    agreed = []
+    for decision in decisions:
+        candidate = decision.candidate
+        others = [by_name[name] for name in candidate.tied if name in by_name]
+        others = [other for other in others if other.candidate.kind != "embedding"]
+        if candidate.kind == "embedding" and others and candidate.site is None:
+            reason = "" if others[0].pattern else f"{others[0].candidate.name} stays dense"
+            decision = replace(decision, pattern=others[0].pattern, reason=reason)
+        patterns = {other.pattern for other in others} | {decision.pattern}
+        if candidate.obstacle is None and candidate.site is None and len(patterns) > 1:
+            raise NMError(
+                f"{candidate.name} and {candidate.tied[0]} are one tensor, and the rules give it "
+                f"{' and '.join(sorted(str(p) for p in patterns))}; give both the same pattern"
+            )
+        agreed.append(decision)
+    return agreed
 
 
 def _decide(candidate: Candidate, rules: list[Rule], head: set[str]) -> Decision:
@@ -138,6 +165,10 @@ def obstacle_to(candidate: Candidate, pattern: Pattern) -> str | None:
         "addmm": ("in_features", "columns"),
         "conv": ("in_channels/groups", "kernel positions"),
         "conv_transpose": ("in_channels/groups", "channel groups"),
+        "recurrent": ("the axis it sums over", "gates"),
+        "bilinear": ("in2_features", "rows"),
+        "embedding": ("embedding_dim", "rows"),
+        "experts": ("the axis it sums over", "rows"),
     }[candidate.kind]
     return (
         f"{name}={reduced} is not a multiple of {pattern.m}, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
 from .capture.packed import packed_weight_bytes
+from .capture.sharding import BEFORE, refuse_sharded
 from .capture.site import get_path
 from .errors import NMError
 from .kernels import semi_structured
@@ -51,6 +52,7 @@ def preview(model: nn.Module, rules: Rules, example_inputs: Any = None) -> Repor
     """
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.preview takes an nn.Module, got {type(model).__name__}")
+    refuse_sharded(model, "preview", BEFORE)
     calls = parse_calls(example_inputs)
     decisions = decide(model, find_candidates(model), parse_rules(rules))
     check_existing(decisions)

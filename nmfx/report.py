@@ -19,7 +19,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .capture.candidates import Candidate, find_candidates
+from .capture.candidates import Candidate, find_candidates, read_around
+from .capture.fsdp import notes_on_rounding
+from .capture.own_weights import own_weights
+from .capture.program import remarks
 from .capture.site import (
     COPY,
     MADE_ON,
@@ -30,6 +33,7 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
+from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
 from .ops.compiled import UNFUSED_REASON
@@ -43,7 +47,8 @@ class Row:
 
     Attributes:
         fqn: fully qualified name of the parameter.
-        kind: "linear", "addmm", "conv", "conv_transpose", or the class of what nmfx leaves alone.
+        kind: "linear", "addmm", "conv", "conv_transpose", "recurrent", "bilinear", "experts", or
+            the class of what nmfx leaves alone.
         shape: of the dense weight.
         pattern: the pattern in force, or None for a dense layer.
         state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed",
@@ -233,11 +238,24 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise NMError(f"nmfx.report takes an nn.Module, got {type(model).__name__}")
     candidates = list(find_candidates(model))
-    rows = tuple(_row(candidate) for candidate in candidates)
+    readers = read_around(model)
+    rows = tuple(_row(candidate, readers.get(candidate.name)) for candidate in candidates)
     notes = [*marks_of(model).get(NOTES, ()), *_moved(model)]
     if UNFUSED_REASON is not None and any(row.state == "sparse" for row in rows):
         notes.append(f"compiled models call the eager mask kernel: {UNFUSED_REASON}")
-    return Report(rows, (*notes, *_plain_masks(candidates)))
+    exported = dict.fromkeys(name for name, _ in exported_nodes(model))
+    if exported:
+        notes.append(
+            f"weights in nmfx operators of an exported graph: {', '.join(exported)}; "
+            f"nmfx.sparsify, fold and lower take them over"
+        )
+    decomposed = dict.fromkeys(decomposed_names(model))
+    if decomposed:
+        notes.append(
+            f"linear layers that are decomposed in a graph (aten.permute and addmm or mm): "
+            f"{', '.join(decomposed)}; nmfx.sparsify and lower put them together"
+        )
+    return Report(rows, (*notes, *_plain_masks(candidates), *notes_on_rounding(model)))
 
 
 def _moved(model: nn.Module) -> Iterator[str]:
@@ -265,7 +283,7 @@ def _plain_masks(candidates: list[Candidate]) -> list[str]:
     ]
 
 
-def _row(candidate: Candidate) -> Row:
+def _row(candidate: Candidate, reader: str | None) -> Row:
     site = candidate.site
     reason = marks_of(candidate.host).get(SKIPPED, {}).get(candidate.path, "")
     times = marks_of(candidate.host).get(MEASURED, {}).get(candidate.path, ())
@@ -282,7 +300,7 @@ def _row(candidate: Candidate) -> Row:
             False,
             dense,
             dense,
-            reason or candidate.obstacle or "not sparsified",
+            _compiled(candidate) or reason or candidate.obstacle or "not sparsified",
             *times,
         )
     return Row(
@@ -296,15 +314,25 @@ def _row(candidate: Candidate) -> Row:
         site.attached is not None,
         dense,
         _stored_bytes(candidate, dense),
-        reason or _explanation(candidate),
+        reason or _explanation(candidate, reader),
         *times,
     )
 
 
-def _explanation(candidate: Candidate) -> str:
+def _compiled(candidate: Candidate) -> str:
+    """What `nmfx.backend` made of a dense weight, if it was compiled with that."""
+    owner, _, name = candidate.path.rpartition(".")
+    module = get_path(candidate.host, owner) if owner else candidate.host
+    weight = module._parameters.get(name)
+    return "" if weight is None else remarks(weight)
+
+
+def _explanation(candidate: Candidate, reader: str | None) -> str:
     site = candidate.site
     assert site is not None
-    if site.capture == "scoped" and not isinstance(candidate.host, nn.MultiheadAttention):
+    if reader is not None and not site.lowered:
+        return f"{reader} also reads it around its module, and sees the masked weight"
+    if site.capture == "scoped" and own_weights(candidate.host) is None:
         return "its forward does not trace, so it runs on a stand-in with the masked weight"
     return ""
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes, refresh
+from .capture.sharding import reshard
 from .capture.site import SiteRef, control_name, mask_name, sites_of
 from .errors import NMError
 from .mask import as_bits, nm_mask
+from .ops.sharded import gathered, is_sharded, local_part, on_parts, placed_like, with_whole_groups
 from .ops.sr_ste import project
 from .pattern import Pattern
 from .policy import Rules, check_lambda, parse_rules
@@ -43,8 +43,8 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
             which the first match counts; layers that none matches keep theirs.
 
     Raises:
-        NMError: M does not divide a layer's axis, a layer is frozen, a rule that is None or
-            matches no sparsified layer. Nothing is changed then.
+        NMError: M does not divide a layer's axis, a layer is frozen, two patterns for a tied
+            weight, a rule that is None or matches no sparsified layer. Nothing is changed then.
     """
     refs = sites_of(model, "set_pattern")
     parsed = parse_rules(rules)
@@ -59,6 +59,7 @@ def set_pattern(model: nn.Module, rules: Rules) -> None:
         if pattern is not None and pattern != ref.site.pattern:
             _check_change(ref, pattern)
             changes.append((ref, pattern))
+    _check_tied(refs, {ref.name: pattern for ref, pattern in changes})
     if any(pattern.m != ref.site.pattern.m for ref, pattern in changes):
         check_classes(model)
     for ref, pattern in changes:
@@ -72,6 +73,19 @@ def change_pattern(ref: SiteRef, pattern: Pattern) -> None:
     ref.refresh_control()
     if new_code:
         refresh(ref.host, ref.store)
+
+
+def _check_tied(refs: list[SiteRef], changes: dict[str, Pattern]) -> None:
+    """Refuses two patterns for one parameter."""
+    seen: dict[int, tuple[str, Pattern]] = {}
+    for ref in refs:
+        pattern = changes.get(ref.name, ref.site.pattern)
+        name, other = seen.setdefault(id(ref.parameter), (ref.name, pattern))
+        if other != pattern:
+            raise NMError(
+                f"{name} and {ref.name} are one tensor, which cannot be both {other} and "
+                f"{pattern}; change both"
+            )
 
 
 def _check_change(ref: SiteRef, pattern: Pattern) -> None:
@@ -91,7 +105,8 @@ def _check_change(ref: SiteRef, pattern: Pattern) -> None:
 def freeze(model: nn.Module) -> None:
     """Fixes all masks as they are now: pruned weights get no gradient and no decay.
 
-    Costs one select per layer instead of a ranking. Layers frozen before keep their mask.
+    Costs one select per layer instead of a ranking. Layers frozen before keep their mask. Of
+    sharded weights (DTensor) every rank keeps the whole mask, one byte a weight; all must call it.
 
     Raises:
         NMError: no sparsified layer, or weights on the meta device.
@@ -101,6 +116,7 @@ def freeze(model: nn.Module) -> None:
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so it has no mask yet")
     check_classes(model)
+    reshard(model)
     with torch.inference_mode(False):  # autograd must be able to save them
         fix_masks([(ref, site_mask(ref)) for ref in refs])
 
@@ -140,24 +156,30 @@ def _switch(refs: list[SiteRef], state: str) -> None:
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """A snapshot of all masks, for `nmfx.sad` and for looking at.
 
+    Masks of sharded weights (DTensor) are gathered, so that they are those of one process: all
+    ranks must call it.
+
     Returns:
         {parameter name: bool tensor of the weight's shape, True = kept}; new tensors.
 
     Raises:
         NMError: no sparsified layer.
     """
-    return {ref.name: site_mask(ref).clone() for ref in sites_of(model, "masks")}
+    refs = sites_of(model, "masks")
+    reshard(model)
+    return {ref.name: site_mask(ref).clone() for ref in refs}
 
 
 def masked_and_mask(ref: SiteRef) -> tuple[Tensor, Tensor]:
     """The masked weight of a site and its mask, by the kernels that training uses.
 
-    Of a sharded weight: of the part that this process has. The mask is that of `site_mask`, which
-    plain torch computes, many times slower.
+    Of a sharded weight: of the part that this process has (and of all groups of which it has a
+    part, for which all ranks must call). The mask is that of `site_mask`, which plain torch
+    computes, many times slower.
     """
-    weight, site = local_part(ref.parameter.detach()), ref.site
+    site, weight = ref.site, weight_part(ref)
     if site.state == "frozen":
-        mask = local_part(ref.store.__dict__[mask_name(ref.index)])
+        mask = _fixed_part(ref)
         return torch.where(mask, weight, 0.0), mask
     control = ref.store.__dict__[control_name(ref.index)]
     masked = project(weight, control, site.pattern.m, site.dim)
@@ -168,13 +190,37 @@ def masked_and_mask(ref: SiteRef) -> tuple[Tensor, Tensor]:
     return masked, kept
 
 
-def local_part(tensor: Any) -> Tensor:
-    """What this process has of a sharded tensor (DTensor); any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+def weight_part(ref: SiteRef) -> Tensor:
+    """The weight of a site, detached; of a sharded one, all groups that this process has part of.
+
+    Where those lie on several ranks, all must call.
+    """
+    site = ref.site
+    return local_part(with_whole_groups(ref.parameter.detach(), site.pattern.m, site.dim))
+
+
+def _fixed_part(ref: SiteRef) -> Tensor:
+    """The fixed mask of what `weight_part` returns."""
+    site, mask = ref.site, ref.store.__dict__[mask_name(ref.index)]
+    weight = ref.parameter.detach()
+    if not is_sharded(weight):
+        return mask
+    return local_part(placed_like(mask, with_whole_groups(weight, site.pattern.m, site.dim)))
 
 
 def site_mask(ref: SiteRef) -> Tensor:
-    """The mask in force at a site: the fixed one if it is frozen, else that of the weight now."""
-    if ref.site.state == "frozen":
+    """The mask in force at a site: the fixed one if it is frozen, else that of the weight now.
+
+    It is whole on every rank, also where the weight is sharded: all ranks must call then.
+    """
+    site = ref.site
+    if site.state == "frozen":
         return ref.store.__dict__[mask_name(ref.index)]
-    return nm_mask(ref.parameter, ref.site.pattern, ref.site.dim)
+
+    def find(weight: Tensor) -> Tensor:
+        return nm_mask(weight, site.pattern, site.dim)
+
+    weight = ref.parameter.detach()
+    if is_sharded(weight):
+        return gathered(on_parts(find, site.pattern.m, site.dim, weight))
+    return find(weight)

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from .capture.candidates import Candidate, find_candidates
+from .capture.fsdp import follow_below
 from .capture.graph_module import rewrite_graph
 from .capture.install import check_classes, class_for, install_guards, remove
 from .capture.site import (
@@ -22,7 +23,10 @@ from .capture.site import (
     holder_of,
     iter_sites,
     marks_of,
+    stored_names,
 )
+from .capture.take_over import recompose, take_over
+from .capture.tied import admit_tied
 from .errors import NMError
 from .pattern import Pattern
 from .policy import Decision, Rules, check_lambda, decide, parse_rules
@@ -31,7 +35,9 @@ from .policy import Decision, Rules, check_lambda, decide, parse_rules
 DEFAULT_LAMBDA_W = 2e-4
 
 
-def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA_W) -> nn.Module:
+def sparsify(
+    model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA_W, tied: bool = False
+) -> nn.Module:
     """Rewrites linear and conv layers so that they compute with N:M masked weights.
 
     In place; parameters, state_dict keys, hooks and `isinstance` stay as they are. Train as
@@ -47,20 +53,29 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
             policy, also under the glob "*", keeps the output layer dense; any other rule that
             matches it includes it. Layers that no rule matches stay dense.
         lambda_w: strength of the decay of pruned weights, >= 0; 0 is plain STE.
+        tied: admit weights that several modules share; they stay dense otherwise. All modules
+            that share one are masked, an `nn.Embedding` among them too (name the output layer in a
+            rule: `{"lm_head": "2:4", "*": "2:4"}`), so that they still agree after `nmfx.fold`. The
+            decay inside backward counts once per use, that of `nmfx.attach` once.
 
     Returns:
         `model` itself.
 
     Raises:
-        NMError: a pattern, rule or lambda that does not hold, a rule that matches no module, an
-            exact name that cannot be sparsified, a layer that already has another pattern, or
-            nothing to sparsify. The model is unchanged then.
+        NMError: a pattern, rule or lambda that does not hold, two patterns for a tied weight, a
+            rule that matches no module, an exact name that cannot be sparsified, a layer that
+            already has another pattern, or nothing to sparsify. The model is unchanged then.
 
     Reference: arXiv 2102.04010.
     """
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
-    decisions = decide(model, find_candidates(model), parse_rules(rules))
+    parsed = parse_rules(rules)
+    recompose(taken_over(model))
+    candidates = find_candidates(model)
+    if tied:
+        candidates = admit_tied(model, candidates)
+    decisions = decide(model, candidates, parsed)
     check_existing(decisions)
     chosen = [d for d in decisions if d.pattern is not None]
     if not chosen:
@@ -78,6 +93,17 @@ def sparsify(model: nn.Module, rules: Rules, *, lambda_w: float = DEFAULT_LAMBDA
     return model
 
 
+def taken_over(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """A model, or a copy of it, whose exported masks and packed weights are sites again.
+
+    Without any it is `model` itself. See `take_over`.
+    """
+    taken, masked = take_over(model, inplace)
+    if masked:
+        install_sites(taken, masked)
+    return taken
+
+
 def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
     """Rewrites the hosts of candidates that have no site yet, so that they have these."""
     # Build everything first; what follows only assigns attributes.
@@ -93,6 +119,7 @@ def install_sites(model: nn.Module, new: list[tuple[Candidate, Site]]) -> None:
     for host, sites, cls in planned:
         _install(host, sites, cls)
     install_guards(model, set(hosts))
+    follow_below(model, hosts)
 
 
 def unsparsify(model: nn.Module) -> nn.Module:
@@ -178,7 +205,7 @@ def _store_sites(host: nn.Module) -> list[Site]:
 
 
 def _install(host: nn.Module, sites: list[Site], cls: type[nn.Module] | None) -> None:
-    devices = [get_path(host, site.path).device for site in sites]
+    devices = [get_path(host, stored_names(site)[0]).device for site in sites]
     if cls is None:
         holder = holder_of(host) or Holder()
         host._modules[HOLDER] = holder

@@ -94,6 +94,13 @@ def _weights(module: nn.Module) -> dict[str, int]:
         return {"weight": 1}
     if isinstance(module, TRANSPOSED) or _is_hf_conv1d(module):
         return {"weight": 0}
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return {name: 1 for name, p in module.named_parameters() if name.startswith("weight")}
+    if isinstance(module, nn.Bilinear):
+        return {"weight": 2}
+    if hasattr(module, "is_transposed"):  # experts of `transformers`, (experts, out, in) or not
+        dim = 1 if module.is_transposed else 2
+        return {name: dim for name, p in module.named_parameters() if p.ndim == 3}
     return {}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_timer import DENSE_WINS, PACKED_WINS, install
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lower_measured import interrupted
 from torch import Tensor, fx, nn
@@ -530,3 +530,107 @@ def test_interrupted_at_any_line_the_model_computes_what_it_did(
             assert left <= {FOLDED, REPLACES}, f"line {at}: {left}"  # those norms stay folded
             code = getattr(one, "code", "")
             assert "_nm(" not in code, at
+
+
+# --- batch norms behind linear layers, frozen ones, and what must not be taken for one --------
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """torchvision's, line by line: buffers, no train mode."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, values in {
+            "weight": torch.randn(size),
+            "bias": torch.randn(size),
+            "running_mean": torch.randn(size),
+            "running_var": torch.rand(size) + 0.5,
+        }.items():
+            self.register_buffer(name, values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, rv, rm = (
+            t.reshape(1, -1, 1, 1)
+            for t in (self.weight, self.bias, self.running_var, self.running_mean)
+        )
+        scale = w * (rv + self.eps).rsqrt()
+        return x * scale + (b - rm * scale)
+
+
+FrozenBatchNorm2d.__module__ = "torchvision.ops.misc"
+
+
+def test_a_batch_norm_behind_a_linear_layer_is_folded() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), normal(12, nn.BatchNorm1d), nn.ReLU(), nn.Linear(12, 8))
+    lowered, found = lowered_equals_folded(sparse(model), torch.randn(5, 8))
+    assert found["0"] == "1 folded in; relu fused"
+    assert type(lowered[1]) is type(lowered[2]) is nn.Identity
+    assert nmfx.is_nm(nmfx.fold(lowered)[0].weight, "2:4", 1)
+
+
+@pytest.mark.parametrize("length", [8, 5])
+def test_a_batch_norm_over_positions_stays(length: int) -> None:
+    """Of (N, L, C) it normalises L, also where L happens to be C."""
+    model = sparse(nn.Sequential(nn.Linear(8, 8), normal(length, nn.BatchNorm1d)))
+    _, found = lowered_equals_folded(model, torch.randn(3, length, 8))
+    assert found["0"] == (
+        "1 stays: it does not normalise the channels of a convolution or linear layer"
+    )
+
+
+def test_a_frozen_batch_norm_is_folded_in_train_mode_too() -> None:
+    layers = nn.Conv2d(8, 8, 3, bias=False), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)
+    model = sparse(nn.Sequential(*layers))
+    expected = nmfx.fold(model)(X)
+    lowered = nmfx.lower(model.train(), (X,), tune=False)
+    torch.testing.assert_close(lowered(X), expected, rtol=1e-4, atol=1e-5)
+    assert reasons(lowered)["0"] == "1 folded in; relu fused"
+    assert not any(name.startswith("1.") for name in lowered.state_dict())
+    other = nn.Sequential(nn.Conv2d(8, 8, 3), type("FrozenBatchNorm2d", (nn.Identity,), {})())
+    assert reasons(nmfx.lower(sparse(other), (X,), tune=False))["0"] == ""
+
+
+class NormOfLinear(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.norm, self.kind = normal(8, nn.BatchNorm1d), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, b = self.norm, self.bias
+        y = F.linear(x, self.weight, b) if self.kind == "linear" else torch.addmm(b, x, self.weight)
+        return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, False)
+
+
+@pytest.mark.parametrize("form", ["symbolic", "exported"])
+@pytest.mark.parametrize("kind", ["linear", "linear 3-D", "addmm"])
+def test_batch_norms_of_linear_layers_in_graphs(kind: str, form: str) -> None:
+    model, x = NormOfLinear(kind.split()[0]).eval(), torch.randn(3, 8)
+    if kind == "linear 3-D":
+        x = torch.randn(3, 8, 8)
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True
+    gm: nn.Module = fx.GraphModule(model, tracer.trace(model))
+    if form == "exported":
+        gm = torch.export.export(model, (x,)).module()
+    _, found = lowered_equals_folded(nmfx.sparsify(gm, {"": "2:4"}), x)
+    stays = "it does not normalise the channels of a convolution or linear layer"
+    folds = kind == "linear" and form == "exported"  # others do not know how many dimensions
+    assert found["weight"] == ("batch norm folded" if folds else f"batch norm stays: {stays}")
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**31), pattern=st.sampled_from(["2:4", "1:4", "4:8", "1:8"]))
+def test_whatever_is_folded_keeps_its_pattern(seed: int, pattern: str) -> None:
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(8, 16, 3), normal(16)
+    linear = nn.Flatten(), nn.Linear(16, 8), normal(8, nn.BatchNorm1d)
+    model = nn.Sequential(*conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), *linear)
+    model = nmfx.sparsify(model.eval(), {"?": pattern})
+    lowered = nmfx.lower(model, (X,), tune=False)
+    folded = nmfx.fold(lowered)
+    for number in (0, 5):
+        assert "folded in" in reasons(lowered)[str(number)]
+        assert nmfx.is_nm(folded[number].weight, pattern, 1)
+    torch.testing.assert_close(lowered(X), nmfx.fold(model)(X), rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -295,8 +296,24 @@ def weight_normed() -> nn.Module:
         return old_weight_norm(nn.Linear(8, 8))
 
 
-COMPUTED = "its weight is not a parameter but computed (weight_norm, prune, adapters)"
-PARAMETRIZED = "its weight is parametrized (torch.nn.utils.parametrize)"
+def spectral_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.nn.utils.spectral_norm(nn.Linear(8, 8))
+
+
+def computed() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    weight = layer.weight
+    del layer.weight
+    layer.weight = weight.detach() * 2  # a plain attribute
+    return layer
+
+
+PARAMETRIZED = (
+    "its weight is parametrized (torch.nn.utils.parametrize); remove_parametrizations makes it a "
+    "parameter again"
+)
 DEPTHWISE = "depthwise: each filter reads a single channel"
 
 OBSTACLES: dict[str, tuple[Any, str]] = {
@@ -324,8 +341,21 @@ OBSTACLES: dict[str, tuple[Any, str]] = {
     "parametrized": (parametrized, PARAMETRIZED),
     "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), PARAMETRIZED),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), PARAMETRIZED),
-    "old_weight_norm": (weight_normed, COMPUTED),
-    "prune": (pruned, COMPUTED),
+    "old_weight_norm": (
+        weight_normed,
+        "its weight is computed by torch.nn.utils.weight_norm; remove_weight_norm makes it a "
+        "parameter again",
+    ),
+    "old_spectral_norm": (
+        spectral_normed,
+        "its weight is computed by torch.nn.utils.spectral_norm; remove_spectral_norm makes it a "
+        "parameter again",
+    ),
+    "prune": (
+        pruned,
+        "its weight is computed by torch.nn.utils.prune; prune.remove makes it a parameter again",
+    ),
+    "computed": (computed, "its weight is not a parameter but computed"),
     "lazy": (
         lambda: nn.LazyLinear(8),
         "its weight is lazy: run one forward to give it a shape",
@@ -428,13 +458,13 @@ def test_recurrent_and_bilinear_rows_are_listed() -> None:
         }
     )
     nmfx.sparsify(model, "2:4")
-    rows = [(row.fqn, row.kind, row.shape, row.reason) for row in nmfx.report(model)][:-2]
+    rows = [(row.fqn, row.kind, row.shape, row.state) for row in nmfx.report(model)][:-2]
     assert rows == [
-        ("lstm.weight_ih_l0", "LSTM", (32, 8), "nmfx does not rewrite nn.LSTM yet"),
-        ("lstm.weight_hh_l0", "LSTM", (32, 8), "nmfx does not rewrite nn.LSTM yet"),
-        ("gru.weight_ih", "GRUCell", (24, 8), "nmfx does not rewrite nn.GRUCell yet"),
-        ("gru.weight_hh", "GRUCell", (24, 8), "nmfx does not rewrite nn.GRUCell yet"),
-        ("bilinear.weight", "Bilinear", (4, 8, 8), "nmfx does not rewrite nn.Bilinear yet"),
+        ("lstm.weight_ih_l0", "recurrent", (32, 8), "sparse"),
+        ("lstm.weight_hh_l0", "recurrent", (32, 8), "sparse"),
+        ("gru.weight_ih", "recurrent", (24, 8), "sparse"),
+        ("gru.weight_hh", "recurrent", (24, 8), "sparse"),
+        ("bilinear.weight", "bilinear", (4, 8, 8), "sparse"),
     ]
 
 

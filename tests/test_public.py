@@ -21,6 +21,8 @@ PUBLIC = [
     "Report",
     "Sad",
     "attach",
+    "backend",
+    "check_onnx",
     "conv_nm",
     "fold",
     "freeze",
@@ -58,7 +60,16 @@ PURE = {
 }
 
 # Each costs seconds to import, or is an extra that a user may not have.
-LAZY = ["transformers", "sklearn", "matplotlib", "timm", "triton", "torch._inductor.compile_fx"]
+LAZY = [
+    "transformers",
+    "sklearn",
+    "matplotlib",
+    "timm",
+    "triton",
+    "onnx",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+]
 
 
 def test_public_names_are_frozen() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fake_timer import PREPACKED_WINS, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fusing import Block, normal
+from test_fusing import Block, FrozenBatchNorm2d, normal
 from test_fusing import X as IMAGE
 from torch import Tensor, fx, nn
 from zoo import ZOO, build, call, outputs
@@ -257,7 +257,13 @@ def _exported() -> nn.Module:
     return torch.export.export(Exported().eval(), (IMAGE,)).module()
 
 
-@pytest.mark.parametrize("make", [_chain, lambda: Block().eval(), _traced, _exported])
+def _linear() -> nn.Module:
+    flat = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8), normal(8, nn.BatchNorm1d)
+    frozen = nn.Conv2d(8, 16, 3, bias=False), FrozenBatchNorm2d(16), nn.ReLU()
+    return nn.Sequential(*frozen, *flat, nn.ReLU()).eval()
+
+
+@pytest.mark.parametrize("make", [_chain, _linear, lambda: Block().eval(), _traced, _exported])
 def test_folded_norms_and_fused_activations_come_back(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import nmfx
 MASKED_ONLY = [name for name in ZOO if not ZOO[name].findings]
 
 # All their sparse weights belong to attention: lower folds these, and says so.
-NOTHING_PACKED = {"self_attention", "cross_attention"}
+NOTHING_PACKED = {"self_attention", "cross_attention", "products"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 

@@ -73,7 +73,7 @@ def mistral() -> tuple[nn.Module, Inputs]:
 
 
 def mixtral() -> tuple[nn.Module, Inputs]:
-    """Its experts (3-D) and its router are bare parameters, so no linear module holds them."""
+    """Its experts are 3-D parameters, its router a bare 2-D one, which no linear module holds."""
     model = make("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, **decoder_fields(1))
     return model, {"input_ids": tokens()}
 

@@ -12,7 +12,7 @@ from zoo_entry import HEAD, TIED, Entry, Inputs
 
 
 class Recurrent(nn.Module):
-    """The LSTM's own weights stay dense; the linear before it does not."""
+    """A module that multiplies with its own weights, between two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,6 +24,19 @@ class Recurrent(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         hidden, _ = self.lstm(self.project(self.embed(ids)))
         return self.head(hidden)
+
+
+class Products(nn.Module):
+    """Cells and a bilinear form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(32, 16)
+        self.pair = nn.Bilinear(16, 32, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pair(self.cell(self.cell(x).repeat(1, 2)), x))
 
 
 class TiedEmbedding(nn.Module):
@@ -146,8 +159,8 @@ class ScaledLinear(nn.Linear):
         return super().forward(x) * self.gain
 
 
-class RawRead(nn.Module):
-    """Uses a projection's weight outside its module, where the mask does not reach."""
+class ParentRead(nn.Module):
+    """Uses a projection's weight outside its module, as its source shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +169,17 @@ class RawRead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(self.inner(x)), self.inner.weight.square().sum()
+
+
+def penalty(module: nn.Linear) -> Tensor:
+    return module.weight.square().sum()
+
+
+class RawRead(ParentRead):
+    """In a function, where no mask reaches: only running it shows that."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.inner(x)), penalty(self.inner)
 
 
 def ids() -> Tensor:
@@ -221,6 +245,14 @@ def bfloat16() -> tuple[nn.Module, Inputs]:
     return model.bfloat16(), (rows().bfloat16(),)
 
 
+def products() -> tuple[nn.Module, Inputs]:
+    return Products(), (rows(),)
+
+
+def parent_read() -> tuple[nn.Module, Inputs]:
+    return ParentRead(), (rows(),)
+
+
 def raw_read() -> tuple[nn.Module, Inputs]:
     return RawRead(), (rows(),)
 
@@ -228,6 +260,7 @@ def raw_read() -> tuple[nn.Module, Inputs]:
 ONLY_HEAD = {"head.weight": HEAD}
 ODD_MODELS = {
     "recurrent": Entry(recurrent, ONLY_HEAD),
+    "products": Entry(products, ONLY_HEAD),
     "tied_embedding": Entry(tied_embedding, {"out.weight": TIED}),
     "tied_linears": Entry(tied_linears, {"first.weight": TIED, "second.weight": TIED, **ONLY_HEAD}),
     "twice": Entry(twice, ONLY_HEAD),
@@ -245,6 +278,7 @@ ODD_MODELS = {
     "bare_linear": Entry(bare_linear),
     "subclasses": Entry(subclasses, {"2.weight": HEAD}),
     "bfloat16": Entry(bfloat16, {"3.weight": HEAD}),
+    "parent_read": Entry(parent_read, ONLY_HEAD),
     # The penalty is meant for the raw weight or for the masked one: only the author knows.
     "raw_read": Entry(raw_read, ONLY_HEAD, findings={"inner.weight": {"aten::pow"}}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from ..mask import DTYPES
 from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
 from .leaf import WEIGHT, trace_leaf
-from .scoped import attention_paths
+from .own_weights import EMBEDDING, Own, own_weights
+from .readers import Reads, weights_read
 from .site import SITES, Holder, Site, get_path, holder_of, join, stored_names
 from .tracer import Untraceable
 
@@ -28,14 +30,15 @@ class Candidate:
         name: fully qualified name of the parameter.
         module_name: name of the module that owns it: what rules match.
         host, path: the module whose forward consumes it, and the parameter relative to it.
-        kind: "linear", "addmm", "conv", "conv_transpose", or the class name of a layer that nmfx
-            leaves alone.
+        kind: "linear", "addmm", "conv", "conv_transpose", "recurrent", "bilinear", "experts",
+            "embedding" (tied to one of these), or the class name of a layer that nmfx leaves alone.
         shape: of the weight; () if there is none.
         dim: the dimension the consumer sums over.
         reduced: how many elements along `dim` one output sums over.
         capture: "leaf", "scoped" or "graph".
         groups: of a convolution, else 1.
         obstacle: why it cannot be sparsified with any pattern, or None.
+        tied: the other names of its weight.
         site: its site, if it is sparsified or packed already.
     """
 
@@ -50,17 +53,17 @@ class Candidate:
     capture: str = "leaf"
     groups: int = 1
     obstacle: str | None = None
+    tied: tuple[str, ...] = ()
     site: Site | None = None
 
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NOT_YET = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied = _tied_names(model)
+    tied, writers = _tied_names(model), written(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -72,9 +75,11 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if isinstance(module, fx.GraphModule):
             new += _of_graph(fqn, module)
         for candidate in new:
-            others = tied.get(candidate.name, [])
-            if others and candidate.obstacle is None:
-                candidate.obstacle = f"its weight is tied to {', '.join(others)}"
+            candidate.tied = tuple(tied.get(candidate.name, ()))
+            if candidate.tied and candidate.obstacle is None:
+                candidate.obstacle = tied_obstacle(candidate)
+            if candidate.name in writers and candidate.obstacle is None:
+                candidate.obstacle = f"{writers[candidate.name]} writes to its weight"
         found += new
     return _drop_uncalled(found)
 
@@ -120,20 +125,44 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def tied_obstacle(candidate: Candidate) -> str:
+    """Why a tied weight stays dense unless the caller of `sparsify` says otherwise."""
+    return f"its weight is tied to {', '.join(candidate.tied)}"
+
+
+def written(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class whose methods change it in place, which a mask would hide."""
+    return _readers(model, lambda reads: reads.written)
+
+
+def read_around(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class that reads it around the module which holds it."""
+    return _readers(model, lambda reads: reads.read)
+
+
+def only_read(model: nn.Module) -> dict[str, str]:
+    """The same for classes that never call that module."""
+    return _readers(model, lambda reads: reads.only_read)
+
+
+def _readers(model: nn.Module, pick: Callable[[Reads], frozenset[str]]) -> dict[str, str]:
+    return {
+        join(fqn, path): base_class(module).__name__
+        for fqn, module in model.named_modules()
+        for path in pick(weights_read(module, base_class(module)))
+    }
+
+
 def _of_module(fqn: str, module: nn.Module) -> list[Candidate]:
-    if isinstance(module, nn.MultiheadAttention):
-        return [_scoped(fqn, module, path) for path in attention_paths(module)]
+    own = own_weights(module)
+    if own is not None:
+        return [scoped_candidate(fqn, module, one) for one in own]
+    if isinstance(module, nn.Embedding) and SITES in module.__dict__:
+        return [scoped_candidate(fqn, module, EMBEDDING)]
     kind = _kind(module)
     if kind is not None:
         return [_leaf(fqn, module, kind)]
     name = type(module).__name__
-    if isinstance(module, _NOT_YET):
-        reason = f"nmfx does not rewrite nn.{name} yet"
-        return [
-            Candidate(join(fqn, path), fqn, module, path, name, tuple(p.shape), obstacle=reason)
-            for path, p in module.named_parameters(recurse=False)
-            if p.ndim > 1
-        ]
     layer = ("Linear" in name or "Conv" in name) and not name.endswith("PackedParams")
     if layer and type(module).__module__.startswith("torch.ao.nn"):
         reason = f"{type(module).__module__}.{name} holds a quantized weight"
@@ -174,17 +203,21 @@ def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
     return candidate
 
 
-def _scoped(fqn: str, module: nn.Module, path: str) -> Candidate:
+def scoped_candidate(fqn: str, module: nn.Module, own: Own) -> Candidate:
+    """A weight that `module` consumes itself."""
+    path = own.path
     owner, _, name = path.rpartition(".")
     candidate = Candidate(
-        join(fqn, path), join(fqn, owner), module, path, "linear", capture="scoped"
+        join(fqn, path), join(fqn, owner), module, path, own.kind, capture="scoped"
     )
     if _take_site(candidate, module):
         return candidate
     owner_module = get_path(module, owner) if owner else module
-    candidate.obstacle = _class_obstacle(module) or _weight_obstacle(owner_module, name)
+    candidate.obstacle = (
+        own.obstacle or _class_obstacle(module) or _weight_obstacle(owner_module, name)
+    )
     if candidate.obstacle is None:
-        _measure(candidate, get_path(module, path), 1, 1)
+        _measure(candidate, get_path(module, path), own.dim, 1)
     return candidate
 
 
@@ -208,9 +241,12 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
         assert holder is not None
         _take_site(candidate, holder)
         found.append(candidate)
-    # Execution order, which tells the output layer.
-    read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
-    place = {name: number for number, name in reversed(list(enumerate(read)))}
+    # Execution order, which tells the output layer. Exported graphs read all weights at the top.
+    numbers = {node: number for number, node in enumerate(gm.graph.nodes)}
+    place: dict[str, int] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        first = min((numbers[user] for user in node.users), default=len(numbers))
+        place[str(node.target)] = min(first, place.get(str(node.target), first))
 
     def first_read(candidate: Candidate) -> int:
         site = candidate.site
@@ -267,10 +303,29 @@ def _class_obstacle(module: nn.Module) -> str | None:
 def _weight_obstacle(owner: nn.Module, name: str) -> str | None:
     weight = owner._parameters.get(name)
     if weight is None:
-        if name in getattr(owner, "parametrizations", {}):
-            return "its weight is parametrized (torch.nn.utils.parametrize)"
-        return "its weight is not a parameter but computed (weight_norm, prune, adapters)"
+        return _computed(owner, name)
     return _tensor_obstacle(weight)
+
+
+def _computed(owner: nn.Module, name: str) -> str:
+    """What makes a weight that is no parameter, and how to make it one again."""
+    if name in getattr(owner, "parametrizations", {}):
+        return (
+            "its weight is parametrized (torch.nn.utils.parametrize); remove_parametrizations "
+            "makes it a parameter again"
+        )
+    for made_of, what, undo in _COMPUTED:
+        if hasattr(owner, f"{name}_{made_of}"):
+            return f"its weight is computed by {what}; {undo} makes it a parameter again"
+    return "its weight is not a parameter but computed"
+
+
+# What torch.nn.utils leaves beside a weight that its hooks compute before every forward.
+_COMPUTED = (
+    ("mask", "torch.nn.utils.prune", "prune.remove"),
+    ("g", "torch.nn.utils.weight_norm", "remove_weight_norm"),
+    ("u", "torch.nn.utils.spectral_norm", "remove_spectral_norm"),
+)
 
 
 def _tensor_obstacle(weight: Tensor) -> str | None:

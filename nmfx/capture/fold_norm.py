@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, so that nothing is left of them to run.
+"""Batch norms folded into the layers before them, so that nothing is left of them to run.
 
     y = (W x + b - mean) / sqrt(var + eps) * gamma + beta      becomes      y = (s W) x + t
 
@@ -27,7 +27,7 @@ from ..mask import magnitude
 from .graph_module import find_graph_uses
 from .leaf import trace_leaf
 from .lowering import Target
-from .neighbours import NORMS, Neighbour
+from .neighbours import Neighbour, is_frozen
 from .site import FOLDED, REPLACES, get_path, join, marks_of
 
 _ROWS = 64  # converted to float64 at a time
@@ -42,7 +42,7 @@ def folded(
     gamma: Tensor | None,
     beta: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(weight, bias) of the convolution that computes what the two did; computed in float64.
+    """(weight, bias) of the layer that computes what the two did; computed in float64.
 
     Args:
         weight: (out_channels, ...).
@@ -100,27 +100,27 @@ class NormFolding:
         parameter.data = data
 
     @torch.no_grad()
-    def fold_module(self, target: Target, pair: Neighbour, training: bool) -> str | None:
-        """Folds the batch norm of `pair` into the convolution of `target`; or says why not.
+    def fold_module(
+        self, target: Target, pair: Neighbour, training: bool, dims: set[int]
+    ) -> str | None:
+        """Folds the batch norm of `pair` into the layer of `target`; or says why not.
 
         Args:
             target: dense, of leaf capture.
             pair: its module and the batch norm.
             training: whether the batch norm was in train mode before.
+            dims: how many dimensions the layer's results had when the examples ran.
         """
         conv, norm = pair.first, pair.second
         assert isinstance(norm, nn.Module)
-        obstacle = _obstacle(target, norm, training)
+        obstacle = _obstacle(target, norm, training, dims)
         if obstacle is not None:
             return obstacle
-        assert isinstance(norm, NORMS)
-        assert norm.running_mean is not None  # for mypy: see _obstacle
-        assert norm.running_var is not None
         weight, bias = conv._parameters["weight"], conv._parameters["bias"]
         assert weight is not None
-        new = folded(
-            weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
+        names = "running_mean", "running_var", "eps", "weight", "bias"
+        constants: list[Any] = [getattr(norm, name) for name in names]
+        new = folded(weight, bias, *constants)
         if new is None:
             return "folded in, its weights would overflow"
         table, name = pair.place_of_second()
@@ -140,10 +140,10 @@ class NormFolding:
 
     @torch.no_grad()
     def fold_graph(self, target: Target, values: tuple[Tensor, Tensor] | None = None) -> str | None:
-        """Folds the batch norm behind a convolution of graph capture, if there is one.
+        """Folds the batch norm behind a layer of graph capture, if there is one.
 
         Args:
-            target: the convolution.
+            target: the layer.
             values: (weight, bias) after folding, where they are known already.
 
         Returns:
@@ -157,6 +157,8 @@ class NormFolding:
         if norm is None or found is None or batch_norm_result(norm) is None:
             return None
         constants = _constants(gm, found)
+        if target.candidate.kind == "addmm" or not _has_channels(uses[0], target.candidate.shape):
+            return _NOT_CHANNELS
         if constants is None:
             return "its batch norm reads more than constants"
         place = _bias_place(gm, uses[0], path)
@@ -204,13 +206,19 @@ def _refill(table: dict[str, Any], before: dict[str, Any]) -> None:
     table.update(before)
 
 
-def _obstacle(target: Target, norm: nn.Module, training: bool) -> str | None:
-    assert isinstance(norm, NORMS)
-    shape = target.candidate.shape
-    fits = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4}.get(type(norm), len(shape)) == len(shape)
-    if target.candidate.kind != "conv" or not fits or norm.num_features != shape[0]:
-        return "it does not normalise the channels of a convolution"
-    if training:
+_NOT_CHANNELS = "it does not normalise the channels of a convolution or linear layer"
+
+
+def _obstacle(target: Target, norm: Any, training: bool, dims: set[int]) -> str | None:
+    shape, kind = target.candidate.shape, target.candidate.kind
+    # BatchNorm1d normalises dimension 1: the channels of a linear layer if its results are (N, C).
+    wanted = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,)}.get(type(norm), (2, 3, 4))
+    wanted = (4,) if is_frozen(norm) else wanted
+    fits = kind in ("conv", "linear") and len(shape) in wanted and dims == {len(shape)}
+    features = norm.weight.shape[0] if is_frozen(norm) else norm.num_features
+    if not fits or features != shape[0]:
+        return _NOT_CHANNELS
+    if training and not is_frozen(norm):
         return "it is in train mode; call model.eval() before nmfx.lower"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
@@ -219,8 +227,20 @@ def _obstacle(target: Target, norm: nn.Module, training: bool) -> str | None:
     bias = argument(uses[0].node, 2, "bias")
     plain = isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == "bias"
     if len(uses) != 1 or output.args[0] is not uses[0].node or not plain:
-        return "the layer computes more than a convolution"
+        return f"the layer computes more than a {'convolution' if kind == 'conv' else kind}"
     return None
+
+
+def _has_channels(use: Use, shape: tuple[int, ...]) -> bool:
+    """Whether dimension 1 of a layer's result in a graph holds its channels.
+
+    Batch norms take (N, C) and (N, C, *size); of (N, L, C), what a linear layer may return, they
+    normalise L. Exported graphs know how many dimensions there are, and check it.
+    """
+    value = use.node.meta.get("val")
+    if isinstance(value, Tensor):
+        return value.ndim == len(shape)
+    return use.consumer.family == "conv"
 
 
 def _constants(gm: fx.GraphModule, found: dict[str, Any]) -> dict[str, Any] | None:

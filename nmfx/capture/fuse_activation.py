@@ -25,7 +25,7 @@ from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from .install import refresh
 from .lowering import Target
-from .neighbours import NORMS, Neighbour, Neighbours, activation_of
+from .neighbours import FROZEN, NORMS, Neighbour, Neighbours, activation_of
 from .site import REPLACES, SITES, forms_of, get_path, packed_names
 
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -34,7 +34,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
 }
-_NORMS = [kind.__name__ for kind in NORMS]
+_NORMS = [*(kind.__name__ for kind in NORMS), FROZEN]
 
 
 class ActivationFusing:

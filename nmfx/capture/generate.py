@@ -15,9 +15,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .site import SITES, NMModule, Site, copied_state
+from ..ops.sharded import is_sharded
+from .fsdp import follow, follow_all
+from .site import SHARDS, SITES, NMModule, Site, copied_state
 
 _classes: dict[tuple[Any, ...], type] = {}
 _lock = threading.Lock()
@@ -55,6 +57,13 @@ class NMHost(NMModule):
         super().__setattr__(name, value)
         if name in baked and value != baked[name]:
             self.__class__ = _class_for(self)  # type: ignore[arg-type]
+        if SHARDS in self.__dict__ or (isinstance(value, Tensor) and is_sharded(value)):
+            follow(self, name, value)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        follow_all(self)  # type: ignore[arg-type]  # to_empty() makes new shards
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Generated classes cannot be pickled by name: a copy starts from the base and rebuilds.
@@ -107,9 +116,12 @@ def generated_class(
     base: type[nn.Module],
     key: tuple[Any, ...],
     forward: Callable[[], Callable],
+    name: str | None = None,
     **members: Any,
 ) -> type[nn.Module]:
     """The cached subclass of `base` for `key`, which `forward()` and `members` make the first time.
+
+    It is called `name`, by default "NM" and the name of `base`.
 
     Members that matter to others: `nmfx_graph`, the rewritten graph (leaf capture), and
     `nmfx_baked`, the string attributes its code depends on.
@@ -127,7 +139,8 @@ def generated_class(
                 "forward": forward(),
                 **members,
             }
-            found = _classes[full_key] = type(f"NM{base.__name__}", (NMHost, base), fields)
+            name = name or f"NM{base.__name__}"
+            found = _classes[full_key] = type(name, (NMHost, base), fields)
         return found
 
 

@@ -7,8 +7,10 @@ from torch import fx, nn
 from ..errors import NMError
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
+from .guards import guard_class, guards
 from .leaf import leaf_class
-from .scoped import guard_class, scoped_class
+from .scoped import scoped_class
+from .sharding import fsdp_modules
 from .site import HOLDER, SITES, Holder, Site, add_sites, drop_sites, holder_of
 
 
@@ -39,12 +41,15 @@ def check_classes(model: nn.Module) -> None:
         if SITES not in module.__dict__ or isinstance(module, Holder):
             continue
         change = None
+        fix = "undo that first"
         if not is_generated(type(module)):
             change = f"its class became {type(module).__name__}"
+            if fsdp_modules(module)[:1] == [module]:
+                fix = "fully_shard the module above it, or this one before nmfx.sparsify"
         elif "forward" in module.__dict__:
             change = "its forward was replaced on the instance"
         if change is not None:
-            raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; undo that first")
+            raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; {fix}")
 
 
 def refresh(host: nn.Module, store: nn.Module) -> None:
@@ -57,13 +62,13 @@ def refresh(host: nn.Module, store: nn.Module) -> None:
 
 
 def install_guards(model: nn.Module, hosts: set[nn.Module]) -> None:
-    """Makes the parents of `hosts` that read weights around their children call them instead."""
+    """Makes the parents that read the weights of `hosts` themselves read masked ones."""
     for module in model.modules():
-        if SITES not in module.__dict__ and not hosts.isdisjoint(module.modules()):
+        if SITES not in module.__dict__ and guards(module, hosts):
             guard = guard_class(module)
-            if guard is not None:
-                add_sites(module, [], [])
-                module.__class__ = guard
+            assert guard is not None, type(module)
+            add_sites(module, [], [])
+            module.__class__ = guard
 
 
 def remove(module: nn.Module) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..graph.fuse import fuse_masks
 from ..graph.rewrite import Use, find_uses, insert_keep, insert_sr_ste
+from ..ops.keep import keep
+from ..ops.sr_ste import sr_ste
 from .generate import base_class, compile_forward, generated_class
 from .packed import decompress_weight, unpack_weight
 from .replace import replace_uses
@@ -53,8 +56,10 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
             members["weight"] = property(read)
     elif site.state == "frozen":
         insert_keep(graph, uses, mask_name(0))
+        members["nmfx_masked"] = _kept_weight
     else:
         insert_sr_ste(graph, uses, control_name(0), site.pattern.m, site.dim)
+        members["nmfx_masked"] = _masked_weight(site.pattern.m, site.dim)
     graph.lint()
     eager = fx.Graph()
     eager.output(eager.graph_copy(graph, {}))
@@ -67,6 +72,20 @@ def leaf_class(module: nn.Module, site: Site) -> type[nn.Module]:
         lambda: compile_forward(code.src, code.globals),
         **members,
     )
+
+
+def _masked_weight(m: int, dim: int) -> Callable[[Any], dict[str, Tensor]]:
+    """What a parent that reads the weight itself is shown, by parameter."""
+
+    def nmfx_masked(self: Any) -> dict[str, Tensor]:
+        return {WEIGHT: sr_ste(self.weight, getattr(self, control_name(0)), m, dim)}
+
+    return nmfx_masked
+
+
+def _kept_weight(self: Any) -> dict[str, Tensor]:
+    """The same of a frozen layer."""
+    return {WEIGHT: keep(self.weight, getattr(self, mask_name(0)))}
 
 
 def _unpacked_weight(self: Any) -> Tensor:

@@ -22,6 +22,18 @@ from .tracer import Untraceable
 
 # Exact types: a subclass may compute something else.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+FROZEN = "FrozenBatchNorm2d"  # torchvision's, by name: importing that takes seconds
+
+
+def is_frozen(module: object) -> bool:
+    """Whether a module is torchvision's batch norm without a train mode, made of buffers."""
+    kind = type(module)
+    return kind.__name__ == FROZEN and kind.__module__ == "torchvision.ops.misc"
+
+
+def is_norm(module: object) -> bool:
+    """Whether a module is a batch norm that may be folded."""
+    return type(module) in NORMS or is_frozen(module)
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,8 @@ class Neighbours:
         found: set[Any] = set()
         for graph in self._shallow(caller):
             second: Any = followed_by_module(graph, modules, first)
-            if isinstance(caller, fx.GraphModule) and type(second) not in (*NORMS, nn.Identity):
+            known = is_norm(second) or type(second) is nn.Identity
+            if isinstance(caller, fx.GraphModule) and not known:
                 second = follower(graph, modules, first)  # the node can go, whoever else calls it
             found.add(second)
         if len(found) != 1 or None in found:
@@ -107,9 +120,9 @@ class Neighbours:
             return True
         if not self._trace:
             return False
-        norms = NORMS if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else ()
+        foldable = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))
         return any(
-            type(module) in norms or module_activation(module) is not None
+            (foldable and is_norm(module)) or module_activation(module) is not None
             for child in caller.children()
             for module in (child.modules() if _has_no_forward(child) else [child])
         )
@@ -158,6 +171,7 @@ class Witness:
         self._output: dict[nn.Module, Tensor | None] = {}
         # Of each pair, how often the first left, the second was entered, and that met the first's.
         self._counts = [[0, 0, 0] for _ in self._pairs]
+        self._dims: list[set[int]] = [set() for _ in self._pairs]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Witness:
@@ -177,6 +191,7 @@ class Witness:
         def left(module: nn.Module, inputs: Any, output: Any) -> None:
             counts[0] += 1
             self._output[first] = output
+            self._dims[number].add(output.ndim if isinstance(output, Tensor) else -1)
 
         def entered(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             counts[1] += 1
@@ -184,6 +199,10 @@ class Witness:
 
         yield first.register_forward_hook(left)
         yield second.register_forward_pre_hook(entered)
+
+    def dims(self, neighbour: Neighbour) -> set[int]:
+        """How many dimensions what the first returned had."""
+        return self._dims[self._pairs.index(neighbour)]
 
     def saw(self, neighbour: Neighbour) -> bool:
         """Whether both ran, and only one after the other."""

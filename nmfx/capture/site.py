@@ -7,7 +7,8 @@ optimizers see the model they knew.
     host.__dict__
         _nmfx_sites        [Site, ...]                   the schedule, as Python values
         _nmfx_control0     float64 [lambda_W, N]         the same for the compiled graph
-        _nmfx_mask0        bool, only while frozen
+        _nmfx_mask0        bool, only while frozen; whole on every rank
+        _nmfx_shards       {parameter: its `ShardHooks`}, only under FSDP2
 
 For reports and files there are marks, in `host.__dict__` or, as copies of a GraphModule keep no
 attributes, in its `meta`:
@@ -108,6 +109,7 @@ NOTES = "_nmfx_notes"  # on a lowered model: what `lower` found out about all of
 MADE_ON = "_nmfx_made_on"
 COPY = "_nmfx_copy"  # of a prepacked layer: its `WeightCopy`
 REPLACES = "_nmfx_replaces"
+SHARDS = "_nmfx_shards"  # of a host: weight -> the hooks of FSDP2 on its shard
 FOLDED = "_nmfx_folded"
 
 
@@ -119,6 +121,12 @@ def control_name(i: int) -> str:
 def mask_name(i: int) -> str:
     """Attribute that holds the fixed mask of a host's i-th site while it is frozen."""
     return f"_nmfx_mask{i}"
+
+
+def _is_freed(weight: Tensor) -> bool:
+    """Whether it is a view of memory that was given back: reading it would end the process."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.numel() > 0
+    return plain and weight.untyped_storage().nbytes() == 0
 
 
 @dataclass(frozen=True)
@@ -146,8 +154,18 @@ class SiteRef:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The raw, dense weight."""
-        return get_path(self.host, self.site.path)
+        """The raw, dense weight.
+
+        Raises:
+            NMError: FSDP1 holds it in another form, and what is here must not be read.
+        """
+        weight = get_path(self.host, self.site.path)
+        if weight.ndim != len(self.site.shape) or _is_freed(weight):
+            raise NMError(
+                f"{self.name}: FullyShardedDataParallel flattened it and took its memory; call "
+                f"this inside its summon_full_params, or use fully_shard (FSDP2)"
+            )
+        return weight
 
     def refresh_control(self) -> None:
         """Rebuilds the control tensor from the Python values.
@@ -181,6 +199,8 @@ def drop_sites(store: nn.Module, but: list[Site] | None = None) -> None:
     if but is not None:
         store.__dict__[SITES] = but
         kept.append(SITES)
+    for hook in store.__dict__.get(SHARDS, {}).values():
+        hook.take_away()
     for key in [key for key in store.__dict__ if key.startswith("_nmfx_") and key not in kept]:
         del store.__dict__[key]
 
@@ -379,6 +399,7 @@ def move_state(store: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 def copied_state(state: dict[str, Any]) -> dict[str, Any]:
     """A host's `__dict__` for a copy, in which lambda is back inside: hooks do not follow."""
     state = dict(state)
+    state.pop(SHARDS, None)
     sites = [replace(site, attached=None) for site in state.get(SITES, ())]
     for i, (old, new) in enumerate(zip(state.get(SITES, ()), sites, strict=True)):
         if old.attached is not None:

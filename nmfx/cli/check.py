@@ -1,11 +1,14 @@
-"""`python -m nmfx check`: do the weights of a file satisfy a pattern?"""
+"""`python -m nmfx check`: do the weights of a safetensors or ONNX file satisfy a pattern?"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from ..check_onnx import check_onnx
+from ..errors import NMError
 from ..mask import magnitude
+from ..offence import find_offence
 from ..pattern import Pattern
 from ..storage.files import open_model
 from ..tuning.progress import progress_of
@@ -27,6 +30,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: status 1 if one does, or if nothing was checked.
     """
+    if options.file.suffix == ".onnx":
+        return _run_onnx(options)
     pattern = Pattern.parse(options.pattern)
     rows = []
     for weight in progress_of(weights(open_model(options.file), options), "checking"):
@@ -53,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if not ok:
         sys.exit(1)
+    return None
 
 
 def does_not_fit(weight: Weight, pattern: Pattern) -> str:
@@ -63,17 +69,21 @@ def does_not_fit(weight: Weight, pattern: Pattern) -> str:
 
 def first_offence(weight: Weight, pattern: Pattern) -> str | None:
     """Where the first group with more than N nonzeros is, in words; None if there is none."""
-    nonzero = (magnitude(weight.tensor) != 0).movedim(weight.dim, -1).unflatten(-1, (-1, pattern.m))
-    over = nonzero.sum(-1) > pattern.n
-    if not over.any():
-        return None
-    place = over.nonzero()[0].tolist()
-    count = int(nonzero[tuple(place)].sum())
-    *others, group = place
-    first = group * pattern.m
-    index = [str(one) for one in others]
-    index.insert(weight.dim, f"{first}:{first + pattern.m}")
-    return (
-        f"[{', '.join(index)}] holds {count} nonzeros, {pattern.text} allows {pattern.n}; "
-        f"groups like it: {int(over.sum()):,} of {over.numel():,}"
-    )
+    return find_offence(magnitude(weight.tensor) != 0, weight.dim, pattern)
+
+
+def _run_onnx(options: argparse.Namespace) -> None:
+    if options.transposed:
+        raise NMError("--transposed is for safetensors; an ONNX file says how its weights lie")
+    found = check_onnx(options.file, options.pattern, only=options.only, skip=options.skip)
+    if options.json:
+        output.show_json(found.to_dict())
+    else:
+        for state, word in (("not checked", "skipped"), ("broken", "broken")):
+            for layer in found:
+                if layer.state == state:
+                    name = f"{layer.name} ({layer.operator} {layer.weight}".rstrip() + ")"
+                    output.say(f"{word:8} {name}: {layer.reason}")
+        output.say(found.summary())
+    if not found.ok:
+        sys.exit(1)

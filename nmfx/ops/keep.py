@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .sharded import is_sharded, on_parts
+
 
 def keep(weight: Tensor, mask: Tensor) -> Tensor:
     """`weight` where `mask` is True, +0.0 elsewhere; pruned weights get a zero gradient, no decay.
 
     Args:
         weight: any float dtype and shape.
-        mask: bool, same shape, True = kept.
+        mask: bool, same shape, True = kept; for a DTensor the whole mask, on every rank.
 
     Returns:
         A new tensor of the shape and dtype of `weight`.
     """
     if has_torch_function_unary(weight):  # fx proxies record this call as one node
         return handle_torch_function(keep, (weight,), weight, mask)
+    if is_sharded(weight):
+        return on_parts(keep, 1, 0, weight, mask)
     return torch.where(mask.to(weight.device), weight, 0.0)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .keep import keep, keep_, project_kept
+from .sharded import is_sharded
 from .sr_ste import ABI, add_decay_, in_transform, project, sr_ste
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -90,6 +91,7 @@ def _compiled_mask(weight: Tensor, side: Tensor, m: int, dim: int) -> Tensor:
     if (
         side.dtype is torch.bool
         or weight.dtype is not torch.float32
+        or is_sharded(weight)
         or torch.compiler.is_exporting()  # the user's to see: as in eager, two nodes
         or not torch.is_autocast_enabled(device)
     ):

@@ -20,6 +20,7 @@ What each layer of torch sees:
                        other devices the pointwise formulas in their place, which Inductor fuses
                        (compiled.py). The mask is computed again in backward, never saved
     functorch          an autograd.Function with a generated vmap rule (`_Functorch`)
+    DTensor            nothing: each rank calls the op for its part (sharded.py)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..kernels.rank import rank_eager, rank_pointwise
+from .sharded import is_sharded, on_parts
 
 # Compiled graphs are cached on disk by the calls they contain, not by what `_decompose` turns them
 # into: raise this number whenever a formula below changes, or stale code is loaded.
@@ -92,6 +94,8 @@ def sr_ste(weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
     """
     if has_torch_function_unary(weight):  # fx proxies record this call as one node
         return handle_torch_function(sr_ste, (weight,), weight, control, m, dim)
+    if type(weight) not in _PLAIN and is_sharded(weight):
+        return on_parts(lambda part: sr_ste(part, control, m, dim), m, dim, weight)
     if not torch.compiler.is_compiling() and in_transform():
         return _Functorch.apply(weight, control, m, dim)
     if torch.compiler.is_compiling() or type(weight) not in _PLAIN:

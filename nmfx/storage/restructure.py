@@ -22,7 +22,7 @@ from ..capture.fold_norm import NormFolding
 from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
-from ..capture.neighbours import NORMS
+from ..capture.neighbours import is_norm
 from ..capture.site import (
     FOLDED,
     MADE_ON,
@@ -38,6 +38,7 @@ from ..capture.site import (
     iter_sites,
     marks_of,
 )
+from ..capture.tied import admit_tied
 from ..errors import NMError
 from ..graph.follow import activation, called, module_activation
 from ..kernels import semi_structured
@@ -148,11 +149,14 @@ def _candidate(found: Mapping[str, Candidate], name: str, layer: Layer) -> Candi
 
 
 def _fold_norms(model: nn.Module, spec: Spec) -> None:
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     for name in spec.norms:
         c = found.get(name)
-        if c is None or not c.kind.startswith("conv"):
-            raise NMError(f"{name}: a batch norm was folded into it, and it is no convolution here")
+        if c is None or not c.kind.startswith(("conv", "linear")):
+            raise NMError(
+                f"{name}: a batch norm was folded into it, and it is no convolution or linear "
+                f"layer here"
+            )
         if c.path in marks_of(c.host).get(FOLDED, ()):
             continue
         if c.capture == "graph":
@@ -181,7 +185,7 @@ def _put_identities(model: nn.Module, identities: Mapping[str, str]) -> None:
             raise NMError(f"{name}: it became an nn.Identity, and the model has no such module")
         if old.__dict__.get(REPLACES) == what:
             continue
-        kind = type(old).__name__ if type(old) in NORMS else module_activation(old)
+        kind = type(old).__name__ if is_norm(old) else module_activation(old)
         if kind != what:
             raise NMError(
                 f"{name}: {what} was replaced by nn.Identity there, and here it is a "
@@ -202,7 +206,7 @@ def _lower(
 ) -> None:
     if not layers:
         return
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     targets = []
     for name, layer in layers.items():
         c = _candidate(found, name, layer)
@@ -294,7 +298,7 @@ def _drop_fused_nodes(model: nn.Module) -> None:
 def _sparsify(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
     if not layers:
         return
-    found = {c.name: c for c in find_candidates(model)}
+    found = {c.name: c for c in admit_tied(model, find_candidates(model))}
     new = []
     for name, layer in layers.items():
         if name in found and found[name].site is not None:

@@ -33,7 +33,10 @@ from ..pattern import Pattern
 VERSION = 1
 LOWERED = ("packed", "semi_structured", "prepacked", *TWO_FORMS)
 STATES = ("sparse", "frozen", "folded", *LOWERED)
-_KINDS = ("linear", "addmm", "conv", "conv_transpose")
+_KINDS = (
+    *("linear", "addmm", "conv", "conv_transpose"),
+    *("recurrent", "bilinear", "experts", "embedding"),
+)
 _CAPTURES = ("leaf", "scoped", "graph", "")
 _MAX_DIMS, _MAX_SIZE = 8, 2**48
 
@@ -255,7 +258,7 @@ _LAYER: dict[str, _Reader] = {
     "kind": _one_of(*_KINDS),
     "capture": _one_of(*_CAPTURES),
     "shape": _SHAPE,
-    "dim": _integer(0, 1),
+    "dim": _integer(0, 2),
     "groups": _integer(1, _MAX_SIZE),
     "lambda_w": _number,
     "activation": _one_of(*ACTIVATIONS),
@@ -264,13 +267,23 @@ _LAYER: dict[str, _Reader] = {
     "algorithms": _list(_integer(0, _MAX_SIZE)),
     "threshold": _integer(0, _MAX_SIZE),
 }
+
+
+def _layer(value: Any, what: str) -> Any:
+    layer = _record(Layer, _LAYER)(value, what)
+    last = 2 if layer.kind in ("bilinear", "experts") else 1
+    if layer.dim > min(last, len(layer.shape) - 1):
+        _refuse(f"dim of {what}", layer.dim, f"a dimension of a {layer.kind} weight {layer.shape}")
+    return layer
+
+
 _SPEC: dict[str, _Reader] = {
     "nmfx": _text,
     "torch": _text,
     "made_on": _text,
     "tensors": _table(_record(Stored, {"dtype": _dtype, "shape": _ANY_SHAPE, "sha256": _sha256})),
     "aliases": _table(_text),
-    "layers": _table(_record(Layer, _LAYER)),
+    "layers": _table(_layer),
     "norms": _list(_text),
     "identities": _table(_text),
     "graphs": _table(_text),

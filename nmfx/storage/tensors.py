@@ -74,8 +74,8 @@ def check_storable(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "placements"):
         raise NMError(
             f"{name}: it is a {kind}, of which this process has a part; gather the model first "
-            f"(torch.distributed.checkpoint.state_dict), or save it with "
-            f"torch.distributed.checkpoint"
+            f"(get_model_state_dict of torch.distributed.checkpoint.state_dict, with "
+            f"full_state_dict=True), or save it with torch.distributed.checkpoint"
         )
     wrapped = is_traceable_wrapper_subclass(tensor) or is_traceable_wrapper_subclass(tensor.data)
     if wrapped or tensor.layout != torch.strided or tensor.is_quantized:

@@ -1,0 +1,72 @@
+"""Parents that read their children's weights around their forward, made to read masked ones.
+
+    class Parent:                                     class NMParent(Parent):
+        def forward(self, x):                             def forward(self, x):
+            w = self.key.weight              ->               <self, with key.weight masked>
+            return F.conv2d(x, w[..., None])                  runs Parent.forward
+
+The layer itself keeps its site and its own masked forward, for everybody else who calls it. A
+packed layer needs none of this: whoever reads its `weight` gets it unpacked. A parent may be a
+whole model, whose name and signature others go by (Hugging Face writes the one into config.json
+and chooses the columns of a data set by the other), so it keeps both.
+
+nn.TransformerEncoderLayer reads them in its fused inference path, and asks its own attribute
+`activation_relu_or_gelu` first; there the guard's class answers 0, and the value that the module
+itself holds stays what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .generate import base_class, generated_class
+from .readers import weights_read
+from .stand_in import masked_below, run_with
+
+# Class attribute overrides that make a parent call its children.
+OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {
+    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": property(lambda self: 0)},
+}
+
+
+def guard_class(module: nn.Module) -> type[nn.Module] | None:
+    """The generated class of a parent that would read raw weights, or None if it would not."""
+    base = base_class(module)
+    overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), None)
+    if overrides is not None:
+        return generated_class(base, ("guard",), lambda: base.forward, base.__name__, **overrides)
+    owners = owners_read(module)
+    if not owners:
+        return None
+    entries = sorted(weights_read(module, base).entries)
+    methods = {name: _guarded(getattr(base, name), owners) for name in entries}
+    forward = methods.pop("forward", base.forward)
+    return generated_class(base, ("reads", owners), lambda: forward, base.__name__, **methods)
+
+
+def guards(module: nn.Module, hosts: set[nn.Module]) -> bool:
+    """Whether `module` reads the weights of any of `hosts`."""
+    if isinstance(module, tuple(OVERRIDES)):
+        return not hosts.isdisjoint(module.modules())
+    return any(module.get_submodule(path) in hosts for path in owners_read(module))
+
+
+def owners_read(module: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules below `module` whose weights it reads itself."""
+    reads = weights_read(module, base_class(module)).read
+    return tuple(sorted({path.rpartition(".")[0] for path in reads}))
+
+
+def _guarded(method: Callable, owners: tuple[str, ...]) -> Callable:
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        masked = masked_below(self, owners)
+        if not masked:  # not sparse, or packed
+            return method(self, *args, **kwargs)
+        return run_with(self, method, masked, args, kwargs)
+
+    return guarded

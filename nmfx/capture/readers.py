@@ -1,0 +1,162 @@
+"""Which weights a module's own code reads around the modules that hold them.
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            k = self.key(x)                                   a call: the layer masks its weight
+            w = self.query.weight.t()                         a read: {"query.weight"}
+            x = x.to(self.query.weight.dtype)                 neither: no value is looked at
+
+Found in the source of `forward`, of other methods that may be called from outside, and of what
+these name, so that branches which do not run today count too. What hides behind a helper function
+or `getattr` is not found here; `nmfx.verify` sees it when it runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from .source import ANY, Chain, Scan, mentions_weight, names_in, scan_function
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The same for a module: paths of weights below it, such as "query.weight"."""
+
+    read: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
+    entries: frozenset[str] = frozenset()
+
+    @property
+    def only_read(self) -> frozenset[str]:
+        """Weights whose module is not called."""
+        return frozenset(path for path in self.read if path.rpartition(".")[0] not in self.called)
+
+
+_scans: weakref.WeakKeyDictionary[type, Scan] = weakref.WeakKeyDictionary()
+
+
+def weights_read(module: nn.Module, base: type[nn.Module]) -> Reads:
+    """What the methods of `base` read, write and call below `module`."""
+    if base.__module__.startswith("torch.nn.modules."):
+        return Reads()  # known: own_weights.py and guards.py say what they do
+    if isinstance(module, fx.GraphModule):
+        return Reads()  # its graph tells more than its source
+    scan = _scans.get(base)
+    if scan is None:
+        scan = _scans[base] = _scan(base)
+    if not scan.read:
+        return Reads()
+    read = frozenset(p for chain in scan.read for p in _parameters(module, chain))
+    written = frozenset(p for chain in scan.written for p in _parameters(module, chain))
+    called = frozenset(p for chain in scan.called for p, _ in _expand(module, chain))
+    return Reads(read, written, called, frozenset(scan.entries))
+
+
+def _expand(module: nn.Module, chain: Chain) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) for every module that a chain can mean."""
+    found = [("", module)]
+    for name in chain:
+        found = [
+            (f"{path}.{key}" if path else key, child)
+            for path, parent in found
+            for key, child in parent._modules.items()
+            if child is not None and name in (key, ANY)
+        ]
+    yield from found
+
+
+def _parameters(module: nn.Module, chain: Chain) -> Iterator[str]:
+    for path, owner in _expand(module, chain[:-1]):
+        if path and owner._parameters.get(chain[-1]) is not None:
+            yield f"{path}.{chain[-1]}"
+
+
+# --- one class ---------------------------------------------------------------------------------
+
+
+# Methods that set a module up or take it apart; what they do to a weight is no part of its use.
+_SETUP = (
+    *(
+        "__",
+        "_init",
+        "init",
+        "reset",
+        "_reset",
+        "tie",
+        "_tie",
+        "resize",
+        "_resize",
+        "load",
+        "_load",
+    ),
+    *("save", "_save", "set_", "get_", "from_", "_from", "prune", "_prune", "extra_"),
+)
+# Base classes that do nothing else besides calling `forward`.
+_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation")
+
+
+def _scan(base: type[nn.Module]) -> Scan:
+    scan = Scan()
+    reached = _follow(base, "forward", scan)
+    for name in _methods(base):
+        if name not in reached:
+            _follow(base, name, scan)
+    return scan
+
+
+def _methods(base: type[nn.Module]) -> Iterator[str]:
+    """Further methods that somebody else may call, and that mention a weight."""
+    for parent in base.__mro__:
+        if parent is nn.Module:
+            return
+        if parent.__module__.startswith(_BASES):
+            continue
+        for name, found in list(parent.__dict__.items()):
+            if not isinstance(found, types.FunctionType) or name.startswith(_SETUP):
+                continue
+            if mentions_weight(found.__code__):
+                yield name
+
+
+def _follow(base: type[nn.Module], entry: str, scan: Scan) -> set[str]:
+    """Adds what a method, and those that it names, do to `scan`; returns all their names."""
+    own = Scan()
+    functions: list[types.FunctionType] = []
+    seen, names = set[str](), [entry]
+    while names:
+        name = names.pop()
+        if name not in seen:
+            seen.add(name)
+            found = list(_definitions(base, name))
+            functions += found
+            names += (more for function in found for more in names_in(function.__code__))
+    if any(mentions_weight(function.__code__) for function in functions):
+        for function in functions:  # also those that only call the layers
+            scan_function(function, own)
+    scan.read |= own.read
+    scan.written |= own.written
+    scan.called |= own.called
+    if own.read:
+        scan.entries.add(entry)
+    return seen
+
+
+def _definitions(base: type, name: str) -> Iterator[types.FunctionType]:
+    """The functions that `self.name` and `super().name` can reach, down to nn.Module."""
+    for parent in base.__mro__:
+        if parent is nn.Module:
+            return
+        found = parent.__dict__.get(name)
+        found = getattr(found, "fget", None) or getattr(found, "__func__", found)
+        found = inspect.unwrap(found) if callable(found) else None
+        if isinstance(found, types.FunctionType):
+            yield found
+            if not {"super", parent.__name__} & set(names_in(found.__code__)):
+                return

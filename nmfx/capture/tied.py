@@ -1,0 +1,74 @@
+"""Weights that several modules share, sparsified knowingly.
+
+    embed.weight ---- sr_ste -> embedding lookup
+          |                                            one parameter, one pattern, one group
+          +---------- sr_ste -> linear (lm_head)       dimension: the same mask everywhere
+
+What reads a shared weight raw would see another weight than the folded model has, so all modules
+that share it are masked, or none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from .candidates import Candidate, scoped_candidate, tied_obstacle
+from .own_weights import EMBEDDING
+
+
+def admit_tied(model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates, of which those whose only obstacle is that they are tied lose it.
+
+    Embeddings among the modules that share a weight become candidates too, where all can be masked
+    alike; else the obstacle names the one that cannot.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    added: dict[str, Candidate] = {}
+    result = []
+    for candidate in candidates:
+        if candidate.site is None and candidate.tied and _only_tied(candidate):
+            partners = [
+                by_name.get(name) or added.get(name) or _embedding(model, name, candidate)
+                for name in candidate.tied
+            ]
+            obstacle = _obstacle(candidate, partners)
+            if obstacle is None:
+                added |= {p.name: p for p in partners if p is not None and p.name not in by_name}
+            candidate = replace(candidate, obstacle=obstacle)
+        result.append(candidate)
+    return [*added.values(), *result]  # an output layer comes last
+
+
+def _only_tied(candidate: Candidate) -> bool:
+    return candidate.obstacle == tied_obstacle(candidate)
+
+
+def _embedding(model: nn.Module, name: str, of: Candidate) -> Candidate | None:
+    """The candidate for an embedding that shares its weight with `of`; None if it is none."""
+    fqn, _, path = name.rpartition(".")
+    module = model.get_submodule(fqn)
+    if not isinstance(module, nn.Embedding) or path != EMBEDDING.path:
+        return None
+    candidate = scoped_candidate(fqn, module, EMBEDDING)
+    candidate.tied = tuple(other for other in (of.name, *of.tied) if other != name)
+    if module.sparse:
+        candidate.obstacle = "its gradients are sparse (nn.Embedding(sparse=True))"
+    if module.max_norm is not None:
+        candidate.obstacle = "it writes to its weight (nn.Embedding(max_norm=...))"
+    return candidate
+
+
+def _obstacle(candidate: Candidate, partners: list[Candidate | None]) -> str | None:
+    for name, partner in zip(candidate.tied, partners, strict=True):
+        start = f"its weight is tied to {name}"
+        if partner is None:
+            return f"{start}, which nmfx cannot mask"
+        if candidate.capture == "graph" or partner.capture == "graph":
+            return f"{start}, and a graph reads it"
+        if partner.obstacle is not None and not _only_tied(partner):
+            return f"{start}: {partner.obstacle}"
+        if (partner.dim, partner.reduced) != (candidate.dim, candidate.reduced):
+            return f"{start}, which sums over another dimension"
+    return None

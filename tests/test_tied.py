@@ -1,0 +1,181 @@
+"""Tied weights, sparsified knowingly: one tensor, one mask, wherever it is used."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from masked_reference import nm_mask
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import nmfx
+
+
+class Tied(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8, **options)
+        self.hidden = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 16, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(self.embed(ids))))
+
+
+class TwoLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.relu(self.a(x))))
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 15]])
+RULES = {"out": "2:4", "*": "2:4"}
+
+
+def masked(model: nn.Module, name: str) -> nn.Module:
+    model = copy.deepcopy(model)
+    weight = model.get_parameter(name)
+    with torch.no_grad():
+        weight.copy_(torch.where(nm_mask(weight, 2, 4, 1), weight, 0.0))
+    return model
+
+
+def states(model: nn.Module) -> dict[str, str]:
+    return {row.fqn: row.state for row in nmfx.report(model)}
+
+
+def test_embedding_and_output_layer_share_one_mask() -> None:
+    torch.manual_seed(0)
+    dense = Tied()
+    reference = masked(masked(dense, "embed.weight"), "hidden.weight")
+    assert reference.out.weight is reference.embed.weight
+    model = nmfx.sparsify(copy.deepcopy(dense), RULES, tied=True, lambda_w=0.25)
+    assert states(model) == dict.fromkeys(("embed.weight", "hidden.weight", "out.weight"), "sparse")
+    assert list(model.state_dict()) == list(dense.state_dict())
+    assert model.out.weight is model.embed.weight
+    assert torch.equal(model(IDS), reference(IDS))
+    assert not nmfx.verify(model, IDS)
+    for one in (model, reference):
+        one(IDS).square().sum().backward()
+    raw = dense.embed.weight
+    decay = 0.25 * torch.where(nm_mask(raw, 2, 4, 1), 0.0, raw)
+    # Inside backward the decay counts once per use, and there are two.
+    torch.testing.assert_close(model.embed.weight.grad, reference.embed.weight.grad + 2 * decay)
+
+
+def test_attached_the_decay_counts_once() -> None:
+    torch.manual_seed(0)
+    model = nmfx.sparsify(Tied(), RULES, tied=True, lambda_w=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    nmfx.attach(model, optimizer)
+    model(IDS).square().sum().backward()
+    raw, grad = model.embed.weight.detach().clone(), model.embed.weight.grad.clone()
+    optimizer.step()
+    decay = 0.25 * torch.where(nm_mask(raw, 2, 4, 1), 0.0, raw)
+    torch.testing.assert_close(model.embed.weight.detach(), raw - (grad + decay))
+
+
+def test_folded_and_lowered_compute_what_training_did(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = nmfx.sparsify(Tied(), RULES, tied=True).eval()
+    wanted = model(IDS)
+    folded = nmfx.fold(model)
+    assert folded.out.weight is folded.embed.weight
+    assert type(folded.embed) is nn.Embedding
+    assert torch.equal(folded(IDS), wanted)
+    fast = nmfx.lower(model, (IDS,), tune=False)
+    assert states(fast)["out.weight"] == "packed"
+    torch.testing.assert_close(fast(IDS), wanted)
+    nmfx.save(fast, tmp_path / "fast.safetensors")
+    loaded = nmfx.load(tmp_path / "fast.safetensors", into=Tied()).eval()
+    assert torch.equal(loaded(IDS), fast(IDS))
+    nmfx.save(model, tmp_path / "sparse.safetensors")
+    loaded = nmfx.load(tmp_path / "sparse.safetensors", into=Tied()).eval()
+    assert torch.equal(loaded(IDS), wanted)
+    assert states(loaded) == states(model)
+
+
+def test_the_verbs_keep_both_alike() -> None:
+    torch.manual_seed(0)
+    model = nmfx.sparsify(Tied(), RULES, tied=True)
+    wanted = model(IDS)
+    nmfx.freeze(model)
+    assert torch.equal(model(IDS), wanted)
+    nmfx.unfreeze(model)
+    assert torch.equal(copy.deepcopy(model)(IDS), wanted)
+    with pytest.raises(nmfx.NMError, match=r"embed\.weight and out\.weight are one tensor"):
+        nmfx.set_pattern(model, {"out": "1:4"})
+    nmfx.set_pattern(model, {"out": "1:4", "embed": "1:4"})
+    with torch.no_grad():
+        assert int(nmfx.fold(model).embed.weight.count_nonzero()) == 16 * 8 // 4
+    assert type(nmfx.unsparsify(model).embed) is nn.Embedding
+
+
+def test_without_the_option_or_without_a_rule_all_stays_dense() -> None:
+    model = nmfx.sparsify(Tied(), RULES | {"out": None})
+    assert states(model) == {"hidden.weight": "sparse", "out.weight": "dense"}
+    model = nmfx.sparsify(Tied(), {"hidden": "2:4", "*": "2:4"}, tied=True)  # out is the head
+    assert states(model) == {"hidden.weight": "sparse", "out.weight": "dense"}
+    with pytest.raises(nmfx.NMError, match=r"out: its weight is tied to embed\.weight; skip"):
+        nmfx.sparsify(Tied(), RULES)
+
+
+def test_two_linears_take_one_pattern() -> None:
+    torch.manual_seed(0)
+    dense, x = TwoLinears(), torch.randn(3, 8)
+    model = nmfx.sparsify(copy.deepcopy(dense), "2:4", tied=True)
+    assert states(model) == {"a.weight": "sparse", "b.weight": "sparse", "head.weight": "dense"}
+    assert torch.equal(model(x), masked(dense, "a.weight")(x))
+    for rules in ({"a": "2:4"}, {"a": "2:4", "b": "1:4"}, {"a": None, "*": "2:4"}):
+        other = copy.deepcopy(dense)
+        with pytest.raises(nmfx.NMError, match=r"a\.weight and b\.weight are one tensor"):
+            nmfx.sparsify(other, rules, tied=True)
+        assert type(other.a) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"sparse": True}, "its gradients are sparse"),
+        ({"max_norm": 1.0}, "it writes to its weight"),
+    ],
+)
+def test_an_embedding_that_cannot_be_masked_keeps_the_layer_dense(
+    options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(nmfx.NMError, match=rf"tied to embed\.weight: {reason}"):
+        nmfx.sparsify(Tied(**options), RULES, tied=True)
+
+
+def test_a_tied_weight_under_another_module_stays_dense() -> None:
+    class Bag(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.EmbeddingBag(16, 8)
+            self.out.weight = self.embed.weight
+
+    with pytest.raises(nmfx.NMError, match=r"tied to embed\.weight, which nmfx cannot mask"):
+        nmfx.sparsify(Bag(), RULES, tied=True)
+
+
+def test_hugging_face_output_embeddings() -> None:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    dense = GPT2LMHeadModel(GPT2Config(bos_token_id=1, eos_token_id=2, **fields)).eval()
+    ids = torch.randint(3, 32, (2, 6))
+    model = nmfx.sparsify(copy.deepcopy(dense), {"lm_head": "2:4"}, tied=True)
+    assert set(nmfx.masks(model)) == {"transformer.wte.weight", "lm_head.weight"}
+    reference = masked(dense, "transformer.wte.weight")
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    assert not nmfx.verify(model, ids)
+    assert torch.equal(nmfx.fold(model)(ids).logits, model(ids).logits)
