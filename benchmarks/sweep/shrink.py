@@ -26,6 +26,16 @@ _NO_WIDTH = re.compile(
     r"layer|depth|num_(?!.*(channels|filters))|kernel|window|image_|_heads|stride|dropout|prob|"
     r"codebook_size|max_|n_head|ratio|kv_channels_|vocab|embedding_size_per|std|chunk|expan|mult"
 )
+_HEADS = re.compile(r"(num|n)_(.*_)?heads?$|attention_heads$")
+_HEAD_DIM = re.compile(r"head_dim|d_kv|rope_dim|dim_head|d_head")
+# Fields that some classes leave unset although their model needs a number.
+_UNSET = {
+    "prediction_length": 8,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _NO_WIDTHS = r"kernel|stride|layer|pool|ratio|scale"
 _LAYERS = re.compile(
     r"^(num_hidden_layers|num_layers|n_layers?|depth|(en|de)coder_layers|num_blocks|n_blocks)$|"
@@ -50,10 +60,13 @@ class Shrinker:
         layers: the most layers of a stack, where its pattern needs no more.
         image: the side of a square image where the patch size divides it, or None: as it is, up to
             `IMAGE`.
+        heads: whether there are fewer attention heads instead of narrower ones.
     """
 
-    def __init__(self, factor: int, layers: int = 2, image: int | None = None) -> None:
-        self.factor, self.layers, self.image = factor, layers, image
+    def __init__(
+        self, factor: int, layers: int = 2, image: int | None = None, heads: bool = False
+    ) -> None:
+        self.factor, self.layers, self.image, self.heads = factor, layers, image, heads
         self._ids: dict[int, int] = {}
 
     def config(self, cls: type, base: Any = None) -> Any:
@@ -73,8 +86,20 @@ class Shrinker:
                 new[name] = small
         if base is None:
             return cls(**new)
-        kept = {n: getattr(default, n) for n in (names or ()) if _was_set(cls, default, n)}
-        return cls(**{**kept, **new})
+        held = vars(default)
+        kept = {n: held[n] for n in (names or ()) if n in held and _was_set(cls, held[n], n)}
+        return cls(**{**kept, **new, **self._outputs(default, count)})
+
+    def _outputs(self, config: Any, count: int) -> dict[str, Any]:
+        """Which stages a backbone returns: as many as before, the last ones if there are fewer."""
+        wanted = list(getattr(config, "_out_indices", None) or ())
+        depths = getattr(config, "depths", None)
+        stages = 1 + (len(depths) if depths else count)
+        if not wanted or len(wanted) > stages:
+            return {}
+        if max(wanted) >= stages and not depths:
+            wanted = list(range(stages - len(wanted), stages))
+        return {"out_indices": wanted}
 
     def _layer_count(self, config: Any) -> int:
         """Enough layers for every type that the pattern has, 8 at most."""
@@ -85,9 +110,9 @@ class Shrinker:
         return min(max([self.layers, *(i + 1 for i in first)]), 8)
 
     def _field(self, config: Any, name: str, value: Any, count: int) -> Any:
-        if name == "prediction_length" and value is None:
-            return 8
-        if isinstance(value, bool) or value is None:
+        if value is None:
+            return _UNSET.get(name)
+        if isinstance(value, bool):
             return value
         if name in ("image_size", "img_size", "pretrain_image_size"):
             return self._image(value, getattr(config, "patch_size", None))
@@ -108,10 +133,16 @@ class Shrinker:
             return min(value, 2)
         if name in ("n_group", "topk_group", "num_expert_group"):
             return 1
+        if name.endswith("num_queries") or name == "two_stage_num_proposals":
+            return min(value, 16)  # a small image has fewer places to choose them from
         if _TOKEN.search(name) and not name.endswith(("layer_id", "expert_id")):
             return self._token(value)
         if _LAYERS.search(name) and not _NO_LAYERS.search(name):
             return min(value, count)
+        if self.heads and _HEADS.search(name):
+            return max(value // self.factor, 1)
+        if self.heads and _HEAD_DIM.search(name):
+            return value
         if _POSITIONS.search(name):
             return min(value, POSITIONS)
         if value >= 32 and _WIDTH.search(name) and not _NO_WIDTH.search(name):
@@ -162,11 +193,11 @@ class Shrinker:
         return new
 
 
-def _was_set(cls: type, config: Any, name: str) -> bool:
-    """Whether a field of an instance is not what its class has by default."""
+def _was_set(cls: type, value: Any, name: str) -> bool:
+    """Whether the value of a field is not what its class has by default."""
     for field in dataclasses.fields(cls):
         if field.name == name:
             if field.default is not dataclasses.MISSING:
-                return bool(getattr(config, name) is not field.default)
+                return value is not field.default
             return field.default_factory is dataclasses.MISSING
     return False

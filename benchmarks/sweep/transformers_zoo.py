@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 from zlib import crc32
 
@@ -22,7 +23,7 @@ from sweep.tokens import candidates, with_placeholders
 FACTORS = (16, 8, 4, 32, 2)
 WIDE_FACTORS = (32, 16, 64, 8, 4)
 MOST_PARAMETERS = 40_000_000
-SEARCH_SECONDS = 60.0
+SEARCH_SECONDS = 40.0
 _TASKS = [
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
@@ -83,11 +84,11 @@ def build(name: str, recipe: str = "") -> Case:
     """A model of a type, and inputs; raises with the last error if nothing runs."""
     errors: list[str] = []
     end = time.process_time() + SEARCH_SECONDS
-    for label, cls, factor, image in _ways(name):
+    for label, cls, shrinker in _ways(name):
         if recipe and label != recipe.partition(":")[0]:
             continue
         try:
-            model = _small(cls, factor, image)
+            model = _small(cls, shrinker)
             inputs = _inputs(model)
         except Exception as error:  # noqa: BLE001 (another size or class may do)
             errors.append(f"{label}: {type(error).__name__}: {error}"[:300])
@@ -98,15 +99,20 @@ def build(name: str, recipe: str = "") -> Case:
     raise ValueError(" | ".join(dict.fromkeys(errors[:2] + errors[-1:])))
 
 
-def _ways(name: str) -> Iterator[tuple[str, type[nn.Module], int, int | None]]:
+def _ways(name: str) -> Iterator[tuple[str, type[nn.Module], Shrinker]]:
     import transformers
 
     for class_name in _class_names(name):
         cls = getattr(transformers, class_name)
-        for factor in WIDE_FACTORS if _width(cls) >= 2048 else FACTORS:
-            yield f"{class_name}/{factor}", cls, factor, 64
-            if _has_images(cls):
-                yield f"{class_name}/{factor}/full image", cls, factor, None
+        factors = WIDE_FACTORS if _width(cls) >= 2048 else FACTORS
+        images = (64, None) if _has_images(cls) else (64,)
+        for factor, image in product(factors, images):
+            size = "" if image else "/full image"
+            yield f"{class_name}/{factor}{size}", cls, Shrinker(factor, image=image)
+        for factor in factors[:2]:
+            yield f"{class_name}/{factor}/few heads", cls, Shrinker(factor, image=64, heads=True)
+        # All layers, for what picks the outputs of some by number.
+        yield f"{class_name}/{factors[0]}/deep", cls, Shrinker(factors[0], layers=99)
 
 
 def _has_images(cls: Any) -> bool:
@@ -124,12 +130,12 @@ def _width(cls: Any) -> int:
     return max((v for v in found if isinstance(v, int)), default=0)
 
 
-def _small(cls: Any, factor: int, image: int | None) -> nn.Module:
-    config = Shrinker(factor, image=image).config(cls.config_class)
+def _small(cls: Any, shrinker: Shrinker) -> nn.Module:
+    config = shrinker.config(cls.config_class)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > MOST_PARAMETERS:
-        raise ValueError(f"{size:,} parameters at factor {factor}")
+        raise ValueError(f"{size:,} parameters at factor {shrinker.factor}")
     torch.manual_seed(0)
     model = cls(config).eval()
     model.float()
@@ -160,5 +166,9 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _more(model: nn.Module, inputs: dict[str, Any], error: str) -> dict[str, Any] | None:
+    wave = inputs.get("input_values", inputs.get("audio_values"))
+    if "expected input[1, 2, " in error and wave is not None and wave.ndim == 2:
+        name = "input_values" if "input_values" in inputs else "audio_values"
+        return {**inputs, name: wave[:, None]}  # a codec, which takes channels
     found = re.search(r"features:? (?:torch\.Size\(\[)?(\d+)", error)
     return with_placeholders(model, inputs, int(found[1])) if found else None
