@@ -22,6 +22,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forks must start from one thread
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ.setdefault("NMFX_CACHE", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -43,7 +44,7 @@ def main() -> None:
     operators = load_operators(args.work.resolve() / "operators") if needed else "no torchvision"
     if not args.render:
         torch.set_num_threads(1)
-        _preload(args.library)
+        _preload(args.library, args.stage)
         for stage in args.stage:
             _run(args, stage)
     write(workspace.rows(args.work / "rows.jsonl"), operators, args.result)
@@ -65,11 +66,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _preload(libraries: list[str]) -> None:
+def _preload(libraries: list[str], stages: list[str]) -> None:
     """Imports once what every child needs; nothing here may start a thread."""
-    import torch._dynamo
-    import torch._functorch.aot_autograd  # noqa: F401
-
+    if "compile" in stages:
+        import torch._dynamo.testing
+        import torch._inductor.pattern_matcher
+        import torch.export._trace  # noqa: F401
     if "torchvision" in libraries or "timm" in libraries:
         import torchvision  # noqa: F401
     if "timm" in libraries:
@@ -81,6 +83,9 @@ def _preload(libraries: list[str]) -> None:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        raise SystemExit(f"{threads} threads run before the first fork: a child could hang")
 
 
 def _run(args: argparse.Namespace, stage: str) -> None:

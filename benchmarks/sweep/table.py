@@ -138,6 +138,7 @@ def _model_row(row: Row) -> list[str]:
         name,
         f"{row.get('parameters', 0):,}",
         f"{row['share']:.0%}" if "share" in row else "",
+        str(row.get("reached", "")),
         passed(row),
         reasons(row)[:400],
     ]
@@ -150,7 +151,8 @@ def render(rows: dict[str, Row], operators: str) -> str:
     broken = [row for row in every if outcome(row) == "not dense"]
     order = {"silent": 0, "fail": 1, "nmerror": 2, "pass": 3}
     ran.sort(key=lambda row: (order[outcome(row)], row["key"]))
-    table = [["library", "model", "parameters", "sparse", "steps", "reasons"], ["---"] * 6]
+    head = ["library", "model", "parameters", "sparse", "reached", "steps", "reasons"]
+    table = [head, ["---"] * len(head)]
     counted = Counter(step for row in ran for step in STEPS if step in row)
     exact = sum(row.get("exact") is True for row in ran)
     used = {**versions(), **_versions("torchvision", "timm")}
@@ -218,7 +220,8 @@ _HOW = """Random weights (those that would hide a mistake are moved: constants g
 are scaled up), small sizes, nothing downloaded. From transformers every model type: the first class
 of it that runs with a config shrunk by one factor and with inputs made from its signature. From
 torchvision every model; from timm the smallest of each class and variety (the words of a name
-without sizes). "Sparse" is the share of all parameters that 2:4 applies to. The reference is the
+without sizes). "Sparse" is the share of all parameters that 2:4 applies to, "reached" how many of the sparse weights
+get a gradient from these inputs (a text alone leaves an image tower out). The reference is the
 dense model with weights masked by hand in plain torch, in which every layer reads its weight once;
 where `nmfx.verify` names a weight that is read elsewhere too, everything must be equal once those
 are kept dense. A wrong result that verify does not name counts as silent.
