@@ -9,7 +9,7 @@ SR-STE term by hand, once per call of the layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,13 +78,13 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int) -> Tensor:
 
 
 def run(model: nn.Module, inputs: Inputs, watched: Mapping[str, nn.Module] | None = None) -> Any:
-    """One call and its backward, with the calls of the watched modules counted."""
+    """One call and its backward; `uses` counts the calls that a gradient comes back through."""
     model.zero_grad(set_to_none=True)
     with _counted(watched or {}) as uses:
         result = call(model, inputs)
-    loss = probe_loss(result)
-    if loss.requires_grad:
-        loss.backward()
+        loss = probe_loss(result)
+        if loss.requires_grad:
+            loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     return Measured([out.detach() for out in outputs(result)], grads, uses)
 
@@ -109,7 +109,7 @@ def masked(
     for name, rest in pruned.items():
         grad = measured.grads[name]
         if grad is not None:
-            measured.grads[name] = grad + max(measured.uses.get(name, 1), 1) * lambda_w * rest
+            measured.grads[name] = grad + max(measured.uses[name], 1) * lambda_w * rest
     return measured
 
 
@@ -128,8 +128,7 @@ def _counted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
     calls: Counter[str] = Counter()
 
     def hook(name: str) -> Any:
-        # Only a call with gradients adds its decay: some models iterate without before the last.
-        return lambda *_: calls.update([name] * torch.is_grad_enabled())
+        return lambda module, args, result: _watch(result, lambda: calls.update([name]))
 
     hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -137,3 +136,20 @@ def _counted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _watch(result: Any, count: Callable[[], None]) -> None:
+    """Counts a call when a gradient comes back through it: the decay belongs to the backward.
+
+    Some calls have none: of iterations without gradients, or whose result is detached.
+    """
+    came = []
+
+    def back(grad: Tensor) -> None:
+        if not came:
+            came.append(True)
+            count()
+
+    for tensor in outputs(result):
+        if tensor.requires_grad:
+            tensor.register_hook(back)

@@ -220,10 +220,10 @@ _HOW = """Random weights (those that would hide a mistake are moved: constants g
 are scaled up), small sizes, nothing downloaded. From transformers every model type: the first class
 of it that runs with a config shrunk by one factor and with inputs made from its signature. From
 torchvision every model; from timm the smallest of each class and variety (the words of a name
-without sizes). "Sparse" is the share of all parameters that 2:4 applies to, "reached" how many of the sparse weights
-get a gradient from these inputs (a text alone leaves an image tower out). The reference is the
-dense model with weights masked by hand in plain torch, in which every layer reads its weight once;
-where `nmfx.verify` names a weight that is read elsewhere too, everything must be equal once those
+without sizes). "Sparse" is the share of all parameters that 2:4 applies to, "reached" how many of
+the sparse weights get a gradient from these inputs (a text alone leaves an image tower out). The
+reference is the dense model with weights masked by hand in plain torch, where every layer reads its
+weight once; where `nmfx.verify` names a weight that is read elsewhere too, everything must be equal once those
 are kept dense. A wrong result that verify does not name counts as silent.
 """
 
