@@ -223,8 +223,8 @@ torchvision every model; from timm the smallest of each class and variety (the w
 without sizes). "Sparse" is the share of all parameters that 2:4 applies to, "reached" how many of
 the sparse weights get a gradient from these inputs (a text alone leaves an image tower out). The
 reference is the dense model with weights masked by hand in plain torch, where every layer reads its
-weight once; where `nmfx.verify` names a weight that is read elsewhere too, everything must be equal once those
-are kept dense. A wrong result that verify does not name counts as silent.
+weight once; where `nmfx.verify` names a weight that is read elsewhere too, everything must be equal
+once those are kept dense. A wrong result that verify does not name counts as silent.
 """
 
 
