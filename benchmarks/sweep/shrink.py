@@ -45,7 +45,7 @@ _NO_LAYERS = re.compile(r"_of_layers|feature|cross|global|_ids|exit|every|period
 _EXPERTS = re.compile(
     r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts)$"
 )
-_PER_TOKEN = re.compile(r"experts_per_tok|top_?k$|moe_k$|num_selected_experts")
+_PER_TOKEN = re.compile(r"experts_per_tok|^(moe_|router_)?top_?k$|moe_k$|num_selected_experts")
 _POSITIONS = re.compile(
     r"max_.*position|n_positions|max_seq|max_text_len|context_length|n_ctx|max_target|max_source"
 )
