@@ -93,7 +93,9 @@ def _run(args: argparse.Namespace, stage: str) -> None:
     rows = workspace.rows(path)
     jobs = {}
     for lib in args.library:
-        for name in library(lib).names():
+        names = library(lib).names()
+        workspace.note_total(lib, len(names))
+        for name in names:
             key = f"{lib}/{name}"
             row = rows.get(key, {})
             if fnmatch.fnmatchcase(key, args.only) and _wanted(row, stage, key, args.again):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,23 +69,23 @@ def _difference(left: Tensor, right: Tensor, floor: float) -> tuple[float, bool]
     return gap / max(float(right.abs().max()), floor, 1e-30), False
 
 
+def nudge_(model: nn.Module, seed: int) -> nn.Module:
+    """Moves every weight by one part in a million, some 10 times float32's rounding; in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 1e-6 * noise.to(parameter.dtype))
+    return model
+
+
 def within(case: Case, model: nn.Module, gap: Gap) -> bool:
-    """Whether the model itself turns rounding into such a gap (routing, top-k, codebooks).
-
-    Its weights are moved by one part in a million, some 10 times float32's rounding, three times.
-    """
-    import copy
-
+    """Whether the model itself turns rounding into such a gap (routing, top-k, codebooks)."""
     base = outputs(call(model, case.inputs_for(False)))
     for seed in range(3):
-        moved = copy.deepcopy(model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                if parameter.is_floating_point():
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.mul_(1 + 1e-6 * noise.to(parameter.dtype))
-        own: Any = compare(outputs(call(moved, case.inputs_for(False))), base)
+        moved = nudge_(copy.deepcopy(model), seed)
+        own = compare(outputs(call(moved, case.inputs_for(False))), base)
         if own.wrong(0.1 * gap.size):
             return True
     return False

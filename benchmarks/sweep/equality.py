@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import nmfx
 from sweep import reference
 from sweep.case import Case, call, outputs
-from sweep.compare import Gap, compare
+from sweep.compare import Gap, compare, nudge_
 from sweep.reference import Measured
 from sweep.steps import SILENT, Explained, Note, Wrong, step
 
@@ -154,10 +154,15 @@ def _none(grad: Tensor | None) -> str:
 
 
 def _tolerance(case: Case, train: bool) -> float:
-    """Rounding of sums in another order, more where the dense model itself does not repeat."""
+    """Rounding of sums in another order: more where the dense model itself moves more.
+
+    It does not repeat itself, or a change of its weights in the last digits moves its gradients as
+    far, of which up to a thousandth is taken for rounding.
+    """
     first, second = (measure(case, case.fresh(), train) for _ in range(2))
-    gap = gap_of(first, second)
-    return 1e-5 if not gap.wrong(0.0) else max(1e-5, 10 * gap.size)
+    repeated = gap_of(second, first).size
+    moved = gap_of(measure(case, nudge_(case.fresh(), 0), train), first).size
+    return max(1e-5, 10 * repeated, min(moved, 1e-3))
 
 
 def _judge(gap: Gap, raw: Any, most: float) -> None:

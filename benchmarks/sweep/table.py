@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import RESULTS, cpu_name, versions
 
+from sweep import workspace
 from sweep.steps import SILENT
 
 Row = dict[str, Any]
@@ -83,6 +84,7 @@ def reasons(row: Row) -> str:
 def summary(rows: Iterable[Row]) -> str:
     """Counts by library and in all."""
     rows = list(rows)
+    totals = workspace.totals()
     libraries = sorted({row["key"].partition("/")[0] for row in rows})
     head = ["", "tried", "run dense", "pass every step", "NMError", "other failure", "silent"]
     lines = [head, ["---"] * len(head)]
@@ -94,7 +96,7 @@ def summary(rows: Iterable[Row]) -> str:
         lines.append(
             [
                 name,
-                str(len(chosen)),
+                f"{len(chosen)} of {totals[name]}" if name in totals else str(len(chosen)),
                 str(dense),
                 f"{count['pass']}{share}",
                 str(count["nmerror"]),

@@ -31,6 +31,18 @@ def cached(name: str, make: Callable[[], str]) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def note_total(library: str, number: int) -> None:
+    """Keeps how many models a library has, for the table of a sweep that is not through."""
+    path = folder() / "totals.json"
+    path.write_text(json.dumps({**totals(), library: number}), encoding="utf-8")
+
+
+def totals() -> dict[str, int]:
+    """Library -> how many models of it a whole sweep tries."""
+    path = folder() / "totals.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def rows(path: Path) -> dict[str, dict[str, Any]]:
     """All rows by key.
 
