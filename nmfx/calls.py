@@ -134,6 +134,15 @@ def compare_outputs(expected: Any, actual: Any, number: int) -> None:
             )
 
 
+def output_error(expected: Any, actual: Any) -> float:
+    """The largest relative error of a floating-point tensor; inf if structure or shapes differ."""
+    pairs = [_tensors(expected), _tensors(actual)]
+    if [t.shape for t in pairs[0]] != [t.shape for t in pairs[1]]:
+        return float("inf")
+    both = zip(*pairs, strict=True)
+    return max((relative_error(a, b) for a, b in both if a.is_floating_point()), default=0.0)
+
+
 def relative_error(expected: Tensor, actual: Tensor) -> float:
     """||actual - expected|| / ||expected|| in float64.
 

@@ -23,7 +23,15 @@ from typing import Any
 
 from torch import nn
 
-from .calls import Call, compare_outputs, evaluation_mode, parse_calls, run_calls, undisturbed
+from .calls import (
+    Call,
+    compare_outputs,
+    evaluation_mode,
+    output_error,
+    parse_calls,
+    run_calls,
+    undisturbed,
+)
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
 from .capture.sharding import refuse_sharded
@@ -42,6 +50,7 @@ from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
 from .plan import make_plan
+from .rounding import turns_rounding_into
 from .sparsify import taken_over
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
@@ -63,6 +72,10 @@ _ONE_COPY = "in place, prepacked dense is no candidate: it would keep every weig
 _IN_GRAPHS = (
     "that was in eager mode, where the host launches every kernel; if it is to run in CUDA graphs, "
     "lower it with cuda_graph=True"
+)
+_UNSTEADY = (
+    "the outputs differ from the folded model's by {:.1e} (relative norm), as this model's own do "
+    "when its weights move in the last digits: routing, top-k or sorting decides between equals"
 )
 _NOT_LINEAR = "one copy: only linear layers that are traced hold two forms"
 
@@ -204,12 +217,13 @@ def _pack_all(job: _Job) -> list[str]:
         memory.freed(target.bytes)
     memory.now()
     job.fusing.fuse_activations(job.targets)
-    _check(job)
+    unsteady = _check(job)
     if not job.targets:
         return [_NOTHING_PACKED]
     for target, choice in choices.items():
         _note(target, job, choice.reason, choice)
-    return [_UNTIMED, *dict.fromkeys(kernel_status(target.device) for target in job.targets)]
+    status = dict.fromkeys(kernel_status(target.device) for target in job.targets)
+    return [_UNTIMED, *unsteady, *status]
 
 
 def _tune(job: _Job, dense_ms: float | None) -> list[str]:
@@ -225,7 +239,7 @@ def _tune(job: _Job, dense_ms: float | None) -> list[str]:
         memory.freed(target.bytes)
     memory.now()
     job.fusing.fuse_activations(job.targets)
-    _check(job)
+    unsteady = _check(job)
     notes = [] if job.calls else [ASSUMED]
     lowered_ms = whole_ms(job.model, job.calls, job.cuda_graph)
     if dense_ms is not None and lowered_ms is not None:
@@ -239,17 +253,18 @@ def _tune(job: _Job, dense_ms: float | None) -> list[str]:
                 if not job.cuda_graph and any(t.device.type == "cuda" for t in choices):
                     notes.append(_IN_GRAPHS)
                 choices = {target: _kept(choice) for target, choice in choices.items()}
+                unsteady = []
             else:
                 for target, choice in choices.items():
                     _apply(target, choice)
                 job.fusing.fuse_activations(job.targets)
-                _check(job)
+                unsteady = _check(job)
     share = packed_share(choices.values()) if job.calls else None
     if share is not None:
         notes.append(share)
     for target, choice in choices.items():
         _note(target, job, choice.reason, choice)
-    return [*notes, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]
+    return [*notes, *unsteady, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]
 
 
 def _record(job: _Job) -> Mapping[str, Mapping[Seen, int]]:
@@ -299,13 +314,26 @@ def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) 
         fields.setdefault(MEASURED, {})[path] = (choice.rows, choice.ms_dense, choice.ms)
 
 
-def _check(job: _Job) -> None:
-    """Compares outputs with those of before, if any layer is lowered."""
+def _check(job: _Job) -> list[str]:
+    """Compares outputs with those of before, if any layer is lowered; a note if they are unsteady.
+
+    Raises:
+        NMError: they differ, and not because the model turns rounding into other results.
+    """
     hosts = {target.candidate.host for target in job.targets if target.state != DENSE}
     install_guards(job.model, hosts)
-    if hosts:
-        for number, output in enumerate(run_calls(job.model, job.calls)):
+    if not hosts:
+        return []
+    outputs = run_calls(job.model, job.calls)
+    try:
+        for number, output in enumerate(outputs):
             compare_outputs(job.expected[number], output, number)
+    except NMError:
+        gap = max(map(output_error, job.expected, outputs))
+        if not turns_rounding_into(job.model, job.calls, outputs, gap):
+            raise
+        return [_UNSTEADY.format(gap)]
+    return []
 
 
 def _is_slower(job: _Job, lowered: float) -> bool:
