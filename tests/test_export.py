@@ -206,6 +206,10 @@ def test_the_last_layer_of_an_exported_graph_is_told_by_its_use() -> None:
     assert_same(nmfx.fold(gm), gm, X)
 
 
+def doubled(fc: Any) -> Tensor:
+    return (sr_ste(fc.weight, fc._nmfx_control0, 4, 1) * 2).sum()
+
+
 def test_a_mask_before_something_else_is_refused_and_nothing_changes() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -213,8 +217,7 @@ def test_a_mask_before_something_else_is_refused_and_nothing_changes() -> None:
             self.fc = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            masked = sr_ste(self.fc.weight, self.fc._nmfx_control0, 4, 1)
-            return self.fc(x) + (masked * 2).sum()
+            return self.fc(x) + doubled(self.fc)
 
     model = nmfx.sparsify(Reads(), {"fc": "2:4"})
     gm = torch.export.export(model, X).module()

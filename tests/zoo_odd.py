@@ -272,9 +272,7 @@ ODD_MODELS = {
         parametrized,
         {"weight_normed.weight": "parametriz", "spectral.weight": "parametriz", **ONLY_HEAD},
     ),
-    "legacy_weight_norm": Entry(
-        legacy_weight_norm, {"normed.weight": "not a parameter", **ONLY_HEAD}
-    ),
+    "legacy_weight_norm": Entry(legacy_weight_norm, {"normed.weight": "weight_norm", **ONLY_HEAD}),
     "bare_linear": Entry(bare_linear),
     "subclasses": Entry(subclasses, {"2.weight": HEAD}),
     "bfloat16": Entry(bfloat16, {"3.weight": HEAD}),

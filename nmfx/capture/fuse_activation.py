@@ -25,7 +25,7 @@ from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from .install import refresh
 from .lowering import Target
-from .neighbours import FROZEN, NORMS, Neighbour, Neighbours, activation_of
+from .neighbours import NORM_NAMES, Neighbour, Neighbours, activation_of
 from .site import REPLACES, SITES, forms_of, get_path, packed_names
 
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -34,7 +34,6 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
 }
-_NORMS = [*(kind.__name__ for kind in NORMS), FROZEN]
 
 
 class ActivationFusing:
@@ -138,7 +137,10 @@ def behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[fx.Node, fx
     source, after = node, only_user(node)
     while after is not None:
         module = called(modules, after)
-        if type(module) is not nn.Identity or module.__dict__.get(REPLACES) not in (None, *_NORMS):
+        if type(module) is not nn.Identity or module.__dict__.get(REPLACES) not in (
+            None,
+            *NORM_NAMES,
+        ):
             break
         source, after = after, only_user(after)
     return source, after

@@ -23,6 +23,7 @@ from .tracer import Untraceable
 # Exact types: a subclass may compute something else.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 FROZEN = "FrozenBatchNorm2d"  # torchvision's, by name: importing that takes seconds
+NORM_NAMES = (*(kind.__name__ for kind in NORMS), FROZEN)
 
 
 def is_frozen(module: object) -> bool:

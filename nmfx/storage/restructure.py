@@ -22,7 +22,7 @@ from ..capture.fold_norm import NormFolding
 from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
-from ..capture.neighbours import is_norm
+from ..capture.neighbours import NORM_NAMES, is_norm
 from ..capture.site import (
     FOLDED,
     MADE_ON,
@@ -150,6 +150,13 @@ def _candidate(found: Mapping[str, Candidate], name: str, layer: Layer) -> Candi
 
 def _fold_norms(model: nn.Module, spec: Spec) -> None:
     found = {c.name: c for c in admit_tied(model, find_candidates(model))}
+    modules = [name for name in spec.norms if name in found and found[name].capture != "graph"]
+    left = sum(what in NORM_NAMES for what in spec.identities.values())
+    if len(modules) > left:  # each left an nn.Identity
+        raise NMError(
+            f"{modules[0]}: batch norms were folded into {len(modules)} layers, it says, and "
+            f"{left} became an nn.Identity; the file is damaged"
+        )
     for name in spec.norms:
         c = found.get(name)
         if c is None or not c.kind.startswith(("conv", "linear")):
