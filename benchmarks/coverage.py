@@ -1,8 +1,8 @@
 """Coverage: what becomes of every model that runs here (transformers, torchvision, timm, torch.nn).
 
-    python benchmarks/coverage.py --work /tmp/sweep --jobs 2          # hours; resumes where it was
-    python benchmarks/coverage.py --work /tmp/sweep --only 'timm/vit*' --stage main
-    python benchmarks/coverage.py --work /tmp/sweep --render
+    python benchmarks/coverage.py --work FOLDER --jobs 2          # hours; resumes where it was
+    python benchmarks/coverage.py --work FOLDER --only 'timm/vit*' --stage main
+    python benchmarks/coverage.py --work FOLDER --render
 
 Each model is built with random weights and small sizes, in a process of its own with limits on CPU
 time and memory, and taken through every step (see `sweep/checks.py`); nothing is downloaded. A

@@ -44,15 +44,14 @@ def models() -> dict[str, nn.Module]:
     }
 
 
-def work(given: dict[str, nn.Module], x: Tensor, results: Any, done: Any) -> None:
+def work(given: dict[str, nn.Module], x: Tensor, parent: Any) -> None:
     """Runs in the other process: outputs, reports, and one step on the shared weights."""
     found = {}
     with torch.no_grad():
         for name, model in given.items():
             found[name] = (model(x).numpy(), [row.state for row in nmfx.report(model)])
         given["sparse"].fc.weight.neg_()
-    results.put(found)
-    done.wait()  # shared tensors live as long as the process that sent them
+    parent.send(found)
 
 
 def test_models_run_in_a_spawned_process_and_share_their_weights() -> None:
@@ -66,14 +65,13 @@ def test_models_run_in_a_spawned_process_and_share_their_weights() -> None:
     for model in given.values():
         model.share_memory()
     context = mp.get_context("spawn")
-    results, done = context.Queue(), context.Event()
-    process = context.Process(target=work, args=(given, x, results, done))
+    ours, theirs = context.Pipe()  # no semaphore that a process could leave locked
+    process = context.Process(target=work, args=(given, x, theirs), daemon=True)
     process.start()
-    try:
-        found = results.get(timeout=120)
-    finally:
-        done.set()
-        process.join(60)
+    theirs.close()
+    assert ours.poll(120), "the other process did not answer"
+    found = ours.recv()
+    process.join(60)
     assert process.exitcode == 0
     for name, (output, states) in wanted.items():
         torch.testing.assert_close(torch.from_numpy(found[name][0]), output, msg=name)
