@@ -3,11 +3,13 @@
 A lowered model multiplies the same weights in another order. Where a model compares numbers that
 are nearly equal, the last bit decides which token goes to which expert, or which box suppresses
 which; its outputs then differ by as much as two boxes do, and a difference says nothing about the
-kernels. Such a model shows the same when its own weights move by as much as rounding does.
+kernels. Products are then compared one by one; and the model's outputs are right once dense ones
+take their place, or they move as far when its weights do by as much as rounding.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,38 +17,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, output_error, run_calls
+from .calls import Call, compare_outputs, output_error, run_calls
+from .dense_products import DenseProducts
+from .errors import NMError
 
 # A sum of a few hundred float32 products is off by some 8 units in the last place.
 _UNITS = {torch.float64: 8, torch.float32: 8}
 _TRIES = 3  # a decision may hold under one nudge and not under another
 
 
-def turns_rounding_into(
-    model: nn.Module, calls: list[Call], outputs: list[Any], gap: float
+def only_rounding_differs(
+    model: nn.Module, calls: list[Call], expected: list[Any], outputs: list[Any]
 ) -> bool:
-    """Whether the model's outputs move about as far when its weights move by rounding.
+    """Whether nothing but rounding makes a lowered model's outputs differ.
+
+    Every product is compared with the dense product of the same inputs. With these in their place
+    the outputs are the expected ones, unless something else rounds otherwise too (a folded batch
+    norm, one of torch's fused paths): then they must move about as far when weights do by rounding.
 
     Args:
-        model: its floating-point parameters and buffers are changed and restored, bit for bit.
+        model: lowered; its floating-point parameters and buffers are changed and restored, bit for
+            bit.
         calls: to run.
-        outputs: of these calls.
-        gap: the relative error to be explained; inf for another shape, or NaN.
+        expected: the folded model's outputs of these calls.
+        outputs: the lowered model's.
 
     Returns:
-        True if some nudge makes an error of at least a tenth of the gap, and the same call twice
-        makes none: a model that counts its calls, say, differs for another reason.
+        False also if the same calls give other outputs each time: a model that counts its calls,
+        say, differs for another reason.
+
+    Raises:
+        NMError: a product that is wrong by more than rounding.
     """
-    again = run_calls(model, calls)
-    if any(output_error(one, other) for one, other in zip(outputs, again, strict=True)):
+    if _error(outputs, run_calls(model, calls)):
         return False
+    names = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    with DenseProducts(names):
+        exact = run_calls(model, calls)
+    try:
+        for number, pair in enumerate(zip(expected, exact, strict=True)):
+            compare_outputs(*pair, number)
+    except NMError:
+        return _moves(model, calls, outputs, 0.1 * _error(expected, outputs))
+    return True
+
+
+def _moves(model: nn.Module, calls: list[Call], outputs: list[Any], enough: float) -> bool:
+    """Whether some nudge of the weights changes the outputs by an error of `enough`."""
     for seed in range(_TRIES):
         with _nudged(model, seed):
             moved = run_calls(model, calls)
-        own = max(output_error(one, other) for one, other in zip(outputs, moved, strict=True))
-        if own >= 0.1 * gap:
+        if _error(outputs, moved) >= enough:
             return True
     return False
+
+
+def _error(expected: list[Any], outputs: list[Any]) -> float:
+    return max(map(output_error, expected, outputs), default=0.0)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import nmfx
+from nmfx import dense_products
 from nmfx.kernels.cpu import status
 from nmfx.ops.linear_nm import linear_nm
 from nmfx.packing import unpack
@@ -364,13 +365,26 @@ def test_a_model_that_turns_rounding_into_other_outputs_is_lowered_and_noted(
     assert error > 1e-2, error
     notes = [note for note in nmfx.report(fast).notes if "between equals" in note]
     assert notes == [
-        f"the outputs differ from the folded model's by {error:.1e} (relative norm), as this "
-        "model's own do when its weights move in the last digits: routing, top-k or sorting "
-        "decides between equals"
+        f"the outputs differ from the folded model's by {error:.1e} (relative norm), for "
+        "rounding alone: it decides between equals here (routing, top-k, sorting). Every product "
+        "by itself is right"
     ]
     for name in ("one", "other", "head"):  # what was nudged is restored
         weight = nmfx.fold(fast).get_submodule(name).weight
         assert torch.equal(weight, folded.get_submodule(name).weight), name
+
+
+def test_a_wrong_kernel_is_found_where_rounding_would_explain_the_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "native" not in status():
+        pytest.skip("without the native kernels packed layers round as dense ones do")
+    op = torch.ops.nmfx.linear_nm.default
+    right = dense_products._DENSE[op]
+    monkeypatch.setitem(dense_products._DENSE, op, lambda *args: right(*args) * 1.01)
+    model = nmfx.sparsify(Routes(), "2:4")
+    with pytest.raises(nmfx.NMError, match=r"one\.weight_values: .* by 9.9e-03 .* more than 1e-04"):
+        nmfx.lower(model, (torch.randn(64, 256),), tune=False)
 
 
 class Noisy(Mlp):

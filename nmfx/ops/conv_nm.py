@@ -225,9 +225,10 @@ def _dense(
     return unpack_conv(values, index, shape, groups, Pattern(n, m))
 
 
-def _forward(
+def unpacked_conv(
     input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
+    """The reference of `nmfx::conv_nm`: arguments and result are the operator's."""
     _output_shape(input, values, index, bias, *rest)
     out_channels, kernel_size, stride, padding, dilation, groups, n, m, activation = rest
     weight = _dense(values, index, input.shape[1], out_channels, kernel_size, groups, n, m)
@@ -241,7 +242,7 @@ def _fake(input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *re
     return empty.to(memory_format=_memory_format(input))
 
 
-_library.impl("conv_nm", _forward, "CompositeExplicitAutograd")
+_library.impl("conv_nm", unpacked_conv, "CompositeExplicitAutograd")
 torch.library.register_fake("nmfx::conv_nm", _fake, lib=_library)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import triton, triton_packed
-from .linear_nm import _check, _forward
+from .linear_nm import _check, unpacked_linear
 from .packed import ACTIVATIONS
 from .sr_ste import _backward_eager, _decay_eager, _project_eager
 
@@ -56,7 +56,7 @@ def linear(
     """nmfx::linear_nm. Many rows are a dense product: with the weight unpacked at every call."""
     call = input, values, index, bias, out_features, in_features, *pattern
     if triton_packed.why_not(values, pattern[1]):
-        return _forward(*call)
+        return unpacked_linear(*call)
     _check(*call)
     n, m, activation = pattern
     if input.numel() // max(1, in_features) > triton_packed.most_rows(values, n, m):

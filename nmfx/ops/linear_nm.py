@@ -110,7 +110,7 @@ def _check(
     )
 
 
-def _forward(
+def unpacked_linear(
     input: Tensor,
     values: Tensor,
     index: Tensor,
@@ -121,6 +121,7 @@ def _forward(
     m: int,
     activation: str,
 ) -> Tensor:
+    """The reference of `nmfx::linear_nm`: arguments and result are the operator's."""
     _check(input, values, index, bias, out_features, in_features, n, m, activation)
     weight = unpack(values, index, out_features, in_features, Pattern(n, m))
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
@@ -166,7 +167,7 @@ def _grad_input_fake(
 
 
 for _name, _kernel, _fake in (
-    ("linear_nm", _forward, _forward_fake),
+    ("linear_nm", unpacked_linear, _forward_fake),
     ("linear_nm_grad_input", _grad_input, _grad_input_fake),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
