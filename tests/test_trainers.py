@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nmfx
+from nmfx.trainers.plan import Plan
 from nmfx.trainers.training import Training
 
 PROGRAM = """
@@ -52,9 +53,11 @@ def test_a_step_changes_what_is_planned_for_it_and_nothing_twice(
     model = sparse()
     training = Training(
         model,
-        lambda_w=lambda step: 0.5 if step < 2 else 0.25,
-        pattern=lambda step: {"0": "2:4" if step < 1 else "1:4"},
-        freeze_at=3,
+        Plan(
+            lambda_w=lambda step: 0.5 if step < 2 else 0.25,
+            pattern=lambda step: {"0": "2:4" if step < 1 else "1:4"},
+            freeze_at=3,
+        ),
     )
     seen = []
     for step in (0, 0, 1, 1, 2, 3, 4):
@@ -70,7 +73,7 @@ def test_a_step_changes_what_is_planned_for_it_and_nothing_twice(
 
 def test_what_failed_is_tried_again() -> None:
     values = iter([-1.0, -1.0])
-    training = Training(sparse(), lambda_w=lambda step: next(values))
+    training = Training(sparse(), Plan(lambda_w=lambda step: next(values)))
     for _ in range(2):
         with pytest.raises(nmfx.NMError, match=r"lambda_w=-1\.0"):
             training.before_step(0)

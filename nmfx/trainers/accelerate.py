@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..policy import Rules
+from .plan import Plan
 from .training import Training
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def follow(
         model: sparsified, before or after `accelerator.prepare`; what that returned, or the model
             itself.
         *optimizers: those that train it, as they are or as `prepare` returned them.
-        lambda_w, pattern, freeze_at, every, per_layer: see `Training`. Schedules act in
+        lambda_w, pattern, freeze_at, every, per_layer: see `Plan` and `Training`. Schedules act in
             `training.before_step(step)`, measuring in `training.after_step()`.
 
     Returns:
@@ -58,11 +59,8 @@ def follow(
     """
     training = Training(
         accelerator.unwrap_model(model, keep_torch_compile=False),
-        lambda_w=lambda_w,
-        pattern=pattern,
-        freeze_at=freeze_at,
-        every=every,
-        per_layer=per_layer,
+        Plan(None, lambda_w, pattern, freeze_at, per_layer),
+        every,
     )
     training.attach(optimizers)
     accelerator.register_for_checkpointing(training)

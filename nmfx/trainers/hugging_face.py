@@ -24,8 +24,9 @@ from torch import nn
 
 from ..capture.site import sites_of
 from ..errors import NMError
-from ..policy import Rules, parse_rules
-from .training import Training, check_plan, sparsify_for
+from ..policy import Rules
+from .plan import Plan
+from .training import Training
 
 try:
     from transformers import TrainerCallback
@@ -80,18 +81,10 @@ class NMCallback(TrainerCallback):
         per_layer: bool = False,
         resume_from: str | os.PathLike[str] | bool | None = None,
     ) -> None:
-        if rules is not None:
-            parse_rules(rules)
-        check_plan(lambda_w, pattern, freeze_at)
+        self._plan = Plan(rules, lambda_w, pattern, freeze_at, per_layer)
         if resume_from is True:
             raise NMError("resume_from=True names no checkpoint; give its folder, or False")
-        self._rules, self._lambda_w, self._resume_from = rules, lambda_w, resume_from
-        self._plan: dict[str, Any] = {
-            "lambda_w": lambda_w,
-            "pattern": pattern,
-            "freeze_at": freeze_at,
-            "per_layer": per_layer,
-        }
+        self._resume_from = resume_from
         self._training: Training | None = None
         self._logged_at = 0
 
@@ -104,9 +97,8 @@ class NMCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if self._rules is not None:
-            sparsify_for(model, self._rules, self._lambda_w, state.global_step)
-        self._training = Training(model, **self._plan)
+        self._plan.sparsify(model, state.global_step)
+        self._training = Training(model, self._plan)
         if state.global_step and self._resume_from is not False:
             self._training.load_state_dict(self._saved_state(args, state, model))
         self._training.attach([kwargs["optimizer"]])

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..policy import Rules, parse_rules
-from .training import Training, check_plan, sparsify_for
+from ..policy import Rules
+from .plan import Plan
+from .training import Training
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -65,16 +66,7 @@ class NMCallback(Callback):
         every: int | None = None,
         per_layer: bool = False,
     ) -> None:
-        if rules is not None:
-            parse_rules(rules)
-        check_plan(lambda_w, pattern, freeze_at)
-        self._rules, self._lambda_w, self._every = rules, lambda_w, every
-        self._plan: dict[str, Any] = {
-            "lambda_w": lambda_w,
-            "pattern": pattern,
-            "freeze_at": freeze_at,
-            "per_layer": per_layer,
-        }
+        self._plan, self._every = Plan(rules, lambda_w, pattern, freeze_at, per_layer), every
         self._training: Training | None = None
         self._loaded: dict[str, Any] | None = None
         self._step = 0
@@ -95,11 +87,10 @@ class NMCallback(Callback):
     def _prepared(self, trainer: Any, module: Any) -> Training:
         """The module sparsified, with what a checkpoint said of it."""
         if self._training is None:
-            if self._rules is not None:
-                # Not the step of a resumed run, which is not known yet: before_step follows.
-                sparsify_for(module, self._rules, self._lambda_w, 0)
+            # Not the step of a resumed run, which is not known yet: before_step follows.
+            self._plan.sparsify(module, 0)
             every = self._every if self._every is not None else max(1, trainer.log_every_n_steps)
-            training = Training(module, every=every, **self._plan)
+            training = Training(module, self._plan, every)
             if self._loaded is not None:
                 training.load_state_dict(self._loaded)
                 self._loaded = None

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from ..attach import Attachment, attach, innermost
-from ..capture.site import iter_sites, sites_of
+from ..capture.site import sites_of
 from ..errors import NMError
 from ..monitor import Monitor
-from ..policy import Rules, check_lambda
 from ..schedule import freeze, set_lambda, set_pattern
-from ..sparsify import DEFAULT_LAMBDA_W, sparsify
 from ..state import load_state_dict, state_dict
+from .plan import Plan
 
 _VERSION = 1
 _STEP = "nmfx/step"  # trainers know their steps themselves
@@ -34,30 +33,16 @@ class Training:
 
     Args:
         model: sparsified.
-        lambda_w: of each step: a number, or a function of the step. None: as the model has it.
-        pattern: function of the step, to what `nmfx.set_pattern` takes. None: as the model has it.
-        freeze_at: the step before which all masks are fixed; `pattern` is not asked from then on.
+        plan: what changes with the steps.
         every: steps between two measurements; None measures only when asked to, by `measure`.
-        per_layer: whether measurements have the numbers of each layer, too.
 
     Raises:
-        NMError: no sparsified layer, or an argument that is none of these.
+        NMError: no sparsified layer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lambda_w: float | Callable[[int], float] | None = None,
-        pattern: Callable[[int], Rules] | None = None,
-        freeze_at: int | None = None,
-        every: int | None = None,
-        per_layer: bool = False,
-    ) -> None:
-        check_plan(lambda_w, pattern, freeze_at)
+    def __init__(self, model: nn.Module, plan: Plan, every: int | None = None) -> None:
         sites_of(model, "trainers")
-        self._model, self._per_layer = model, per_layer
-        self._lambda_w, self._pattern, self._freeze_at = lambda_w, pattern, freeze_at
+        self._model, self._plan = model, plan
         self._monitor = Monitor(model, every=sys.maxsize if every is None else every)
         self._in_force: dict[str, Any] = {}
 
@@ -89,13 +74,13 @@ class Training:
         Raises:
             NMError: what a function returned is no lambda or pattern for this model.
         """
-        if self._lambda_w is not None:
-            planned = self._lambda_w(step) if callable(self._lambda_w) else self._lambda_w
-            self._once("lambda_w", planned, set_lambda)
-        if self._freeze_at is not None and step >= self._freeze_at:
+        lambda_w, freeze_at = self._plan.lambda_at(step), self._plan.freeze_at
+        if lambda_w is not None:
+            self._once("lambda_w", lambda_w, set_lambda)
+        if freeze_at is not None and step >= freeze_at:
             self._once("frozen", True, lambda model, _: freeze(model))
-        elif self._pattern is not None:
-            rules = self._pattern(step)
+        elif self._plan.pattern is not None:
+            rules = self._plan.pattern(step)
             self._once("pattern", dict(rules) if isinstance(rules, Mapping) else rules, set_pattern)
 
     def _once(self, what: str, value: Any, change: Callable[[nn.Module, Any], None]) -> None:
@@ -116,7 +101,7 @@ class Training:
         return {
             name: value
             for name, value in values.items()
-            if name != _STEP and (self._per_layer or name.count("/") == 1)
+            if name != _STEP and (self._plan.per_layer or name.count("/") == 1)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,29 +123,3 @@ class Training:
         load_state_dict(self._model, state.get("model", {}))
         self._monitor.load_state_dict(state.get("monitor", {}))
         self._in_force.clear()
-
-
-def sparsify_for(
-    model: nn.Module, rules: Rules, lambda_w: float | Callable[[int], float] | None, step: int
-) -> None:
-    """`nmfx.sparsify` with the lambda of a step, unless a layer of the model is sparse already."""
-    if not any(iter_sites(model)):
-        planned = lambda_w(step) if callable(lambda_w) else lambda_w
-        sparsify(model, rules, lambda_w=DEFAULT_LAMBDA_W if planned is None else planned)
-
-
-def check_plan(lambda_w: Any, pattern: Any, freeze_at: Any) -> None:
-    """Refuses a plan before anything is trained.
-
-    Raises:
-        NMError: neither a number >= 0 nor a function, no function, no step.
-    """
-    if lambda_w is not None and not callable(lambda_w):
-        check_lambda(lambda_w)
-    if pattern is not None and not callable(pattern):
-        raise NMError(
-            f"pattern={pattern!r} is no function of the step, like lambda step: '2:4' if step > 9 "
-            f"else '3:4'; a pattern for the whole training goes to nmfx.sparsify"
-        )
-    if freeze_at is not None and (type(freeze_at) is not int or freeze_at < 0):
-        raise NMError(f"freeze_at={freeze_at!r} is not a step from 0 on, or None")
