@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.refs import SiteRef, sites_of
 from .capture.sharding import fsdp_modules, reshard
-from .capture.site import SITES, SiteRef, sites_of
+from .capture.site import SITES
 from .errors import NMError
 from .ops.sharded import is_sharded, with_whole_groups
 from .ops.sr_ste import add_decay_, make_control

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .capture.refs import SiteRef, sites_of
 from .capture.sharding import BEFORE, refuse_sharded
-from .capture.site import SiteRef, sites_of
 from .errors import NMError
 from .schedule import site_mask
 

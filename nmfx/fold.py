@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
+from .capture.refs import SiteRef, iter_sites, sites_of
 from .capture.sharding import refuse_copy, reshard
-from .capture.site import MADE_ON, NOTES, SiteRef, iter_sites, marks_of, sites_of
+from .capture.site import MADE_ON, NOTES, marks_of
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.holder import move_state
 from .capture.install import check_classes
+from .capture.refs import iter_sites
 from .capture.sharding import LOAD, refuse_sharded
-from .capture.site import iter_sites, move_state
 from .errors import NMError
 from .mask import same_values
 from .save import uncompiled

@@ -34,17 +34,9 @@ from .calls import (
 )
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
+from .capture.refs import iter_sites
 from .capture.sharding import refuse_sharded
-from .capture.site import (
-    MADE_ON,
-    MEASURED,
-    NOTES,
-    SKIPPED,
-    iter_sites,
-    join,
-    marks_of,
-    stored_names,
-)
+from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, stored_names
 from .capture.take_over import recompose
 from .errors import NMError
 from .fold import bake

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.refs import SiteRef, iter_sites, sites_of
 from .capture.sharding import reshard
-from .capture.site import SiteRef, iter_sites, sites_of
 from .errors import NMError
 from .mask_bits import count_ones, mask_bits
 from .ops.sharded import groups_are_whole

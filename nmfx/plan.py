@@ -7,17 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from .capture.candidates import Candidate, find_candidates, only_read
+from .capture.forms import compressed_names, packed_names
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
-from .capture.site import (
-    SKIPPED,
-    SiteRef,
-    compressed_names,
-    get_path,
-    iter_sites,
-    marks_of,
-    packed_names,
-)
+from .capture.refs import SiteRef, iter_sites
+from .capture.site import SKIPPED, get_path, marks_of
 from .errors import NMError
 from .graph.rewrite import can_pack
 from .packing import detect_pattern, makes_smaller

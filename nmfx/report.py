@@ -23,16 +23,7 @@ from .capture.candidates import Candidate, find_candidates, read_around
 from .capture.fsdp import notes_on_rounding
 from .capture.own_weights import own_weights
 from .capture.program import remarks
-from .capture.site import (
-    COPY,
-    MADE_ON,
-    MEASURED,
-    NOTES,
-    SKIPPED,
-    get_path,
-    marks_of,
-    stored_names,
-)
+from .capture.site import COPY, MADE_ON, MEASURED, NOTES, SKIPPED, get_path, marks_of, stored_names
 from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes, refresh
+from .capture.refs import SiteRef, sites_of
 from .capture.sharding import reshard
-from .capture.site import SiteRef, control_name, mask_name, sites_of
+from .capture.site import control_name, mask_name
 from .errors import NMError
 from .mask import as_bits, nm_mask
 from .ops.sharded import gathered, is_sharded, local_part, on_parts, placed_like, with_whole_groups

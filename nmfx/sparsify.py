@@ -10,18 +10,16 @@ from torch import fx, nn
 from .capture.candidates import Candidate, find_candidates
 from .capture.fsdp import follow_below
 from .capture.graph_module import rewrite_graph
+from .capture.holder import HOLDER, Holder, holder_of
 from .capture.install import check_classes, class_for, install_guards, remove
+from .capture.refs import iter_sites
 from .capture.site import (
-    HOLDER,
     MEASURED,
     SITES,
     SKIPPED,
-    Holder,
     Site,
     add_sites,
     get_path,
-    holder_of,
-    iter_sites,
     marks_of,
     stored_names,
 )

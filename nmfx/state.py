@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .capture.install import check_classes
-from .capture.site import mask_name, sites_of
+from .capture.refs import sites_of
+from .capture.site import mask_name
 from .errors import NMError
 from .pattern import Pattern
 from .policy import check_lambda

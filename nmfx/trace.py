@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 
 from .capture.generate import is_generated
-from .capture.site import SITES, sites_of
+from .capture.refs import sites_of
+from .capture.site import SITES
 from .capture.tracer import ThreadAwareTracer
 from .errors import NMError
 

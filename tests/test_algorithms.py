@@ -15,7 +15,7 @@ from test_lower_semi_structured import SEMI_WINS, Mlp, Reads, X
 from torch import Tensor, fx, nn
 
 import nmfx
-from nmfx.capture.site import iter_sites
+from nmfx.capture.refs import iter_sites
 from nmfx.kernels import semi_structured as semi
 from nmfx.ops import linear_semi_structured as op
 from nmfx.tuning import algorithms, bench, layers, timer

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import nmfx
-from nmfx.capture.site import FOLDED, REPLACES, iter_sites, marks_of
+from nmfx.capture.refs import iter_sites
+from nmfx.capture.site import FOLDED, REPLACES, marks_of
 from nmfx.kernels import semi_structured as semi
 from nmfx.ops.weight_copy import can_prepack
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nmfx
-from nmfx.capture.site import iter_sites
+from nmfx.capture.refs import iter_sites
 from nmfx.mask_bits import count_ones, mask_bits
 from nmfx.metrics import kept_energy
 from nmfx.schedule import masked_and_mask, site_mask

@@ -17,7 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import nmfx
-from nmfx.capture.site import control_name, iter_sites
+from nmfx.capture.refs import iter_sites
+from nmfx.capture.site import control_name
 from nmfx.mask import nm_project
 from nmfx.ops import compiled as compiled_ops
 from nmfx.ops.compiled import UNFUSED_REASON

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nmfx
-from nmfx.capture.site import iter_sites, mask_name
+from nmfx.capture.refs import iter_sites
+from nmfx.capture.site import mask_name
 from nmfx.mask import nm_mask, nm_project
 
 RULES = {"0": "2:4", "2": "2:4"}

@@ -24,7 +24,7 @@ def masks_by_hand(case: Case, model: nn.Module) -> dict[str, Tensor]:
     The dimension is that of the model's structure; where that does not tell (experts in one 3-D
     parameter), nmfx's own.
     """
-    from nmfx.capture.site import iter_sites
+    from nmfx.capture.refs import iter_sites
 
     layers = reference.layer_weights(case.model)
     for ref in iter_sites(model):

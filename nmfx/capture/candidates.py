@@ -16,10 +16,11 @@ from ..mask import DTYPES
 from .adapters import Adapted, find_adapted
 from .generate import base_class, is_generated
 from .graph_module import find_graph_uses, other_readers
+from .holder import Holder, holder_of
 from .leaf import WEIGHT, trace_leaf
 from .own_weights import EMBEDDING, Own, own_weights
 from .readers import Reads, weights_read
-from .site import SITES, Holder, Site, get_path, holder_of, join, stored_names
+from .site import SITES, Site, get_path, join, stored_names
 from .tracer import Untraceable
 
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..ops.ordered import round_in_order
 from ..ops.sharded import is_sharded
+from .refs import iter_sites
 from .sharding import fsdp_modules, reshard
-from .site import SHARDS, SITES, Site, control_name, get_path, iter_sites
+from .site import SHARDS, SITES, Site, control_name, get_path
 
 _BEFORE, _AFTER = "fsdp_pre_all_gather", "fsdp_post_all_gather"
 

@@ -23,10 +23,11 @@ from ..graph.follow import activation, called, only_user
 from ..ops.conv_nm import conv_nm
 from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
+from .forms import forms_of, packed_names
 from .install import refresh
 from .lowering import Target
 from .neighbours import NORM_NAMES, Neighbour, Neighbours, activation_of
-from .site import REPLACES, SITES, forms_of, get_path, packed_names
+from .site import REPLACES, SITES, get_path
 
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

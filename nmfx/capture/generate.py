@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from ..ops.sharded import is_sharded
 from .fsdp import follow, follow_all
-from .site import SHARDS, SITES, NMModule, Site, copied_state
+from .holder import NMModule, copied_state
+from .site import SHARDS, SITES, Site
 
 _classes: dict[tuple[Any, ...], type] = {}
 _lock = threading.Lock()

@@ -22,8 +22,9 @@ from ..graph.rewrite import (
 )
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
+from .holder import HOLDER, Holder, holder_of
 from .replace import replace_uses
-from .site import HOLDER, SITES, Holder, Site, control_name, holder_of, mask_name
+from .site import SITES, Site, control_name, mask_name
 
 
 def find_graph_uses(gm: fx.GraphModule) -> dict[str, list[Use]]:

@@ -8,10 +8,11 @@ from ..errors import NMError
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .guards import guard_class, guards
+from .holder import HOLDER, Holder, holder_of
 from .leaf import leaf_class
 from .scoped import scoped_class
 from .sharding import fsdp_modules
-from .site import HOLDER, SITES, Holder, Site, add_sites, drop_sites, holder_of
+from .site import SITES, Site, add_sites, drop_sites
 
 
 def class_for(module: nn.Module, sites: list[Site] | None = None) -> type[nn.Module]:

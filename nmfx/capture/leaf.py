@@ -11,11 +11,12 @@ from ..graph.fuse import fuse_masks
 from ..graph.rewrite import Use, find_uses, insert_keep, insert_sr_ste
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
+from .forms import forms_of
 from .generate import base_class, compile_forward, generated_class
 from .packed import decompress_weight, unpack_weight
 from .read_only import read_only
 from .replace import replace_uses
-from .site import SITES, Site, control_name, forms_of, mask_name
+from .site import SITES, Site, control_name, mask_name
 from .tracer import Untraceable, trace_late_bound
 
 WEIGHT = "weight"

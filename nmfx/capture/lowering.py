@@ -26,25 +26,12 @@ from torch import Tensor, fx, nn
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
 from .candidates import Candidate
+from .forms import compressed_names, form_names, format_name, format_tensor, forms_of, packed_names
+from .holder import HOLDER, Holder, holder_of
 from .install import refresh, remove
 from .packed import compress_weight, decompress_weight, pack_weight, unpack_weight
-from .site import (
-    COPY,
-    HOLDER,
-    SITES,
-    Holder,
-    Site,
-    SiteRef,
-    compressed_names,
-    form_names,
-    format_name,
-    format_tensor,
-    forms_of,
-    get_path,
-    holder_of,
-    packed_names,
-    stored_names,
-)
+from .refs import SiteRef
+from .site import COPY, SITES, Site, get_path, stored_names
 
 
 @dataclass(eq=False)

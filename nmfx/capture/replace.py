@@ -14,7 +14,8 @@ from ..graph.rewrite import (
     replace_with_prepacked,
     replace_with_semi_structured,
 )
-from .site import COPY, Site, compressed_names, form_names, forms_of, packed_names
+from .forms import compressed_names, form_names, forms_of, packed_names
+from .site import COPY, Site
 
 
 def replace_uses(graph: fx.Graph, uses: Sequence[Use], site: Site) -> None:

@@ -23,8 +23,10 @@ from ..ops.conv_nm import conv_nm
 from ..ops.linear_nm import linear_nm
 from ..pattern import Pattern
 from .candidates import Candidate, find_candidates
+from .forms import packed_names
 from .graph_module import rewrite_graph
-from .site import HOLDER, SITES, Holder, Site, get_path, holder_of, join, packed_names
+from .holder import HOLDER, Holder, holder_of
+from .site import SITES, Site, get_path, join
 
 _ops = torch.ops.nmfx
 _MASKS = (_ops.sr_ste.default, _ops.sr_ste_project.default)

@@ -18,9 +18,11 @@ from torch import fx, nn
 from ..errors import NMError
 from ..graph.densify import replace_with_dense
 from ..kernels import semi_structured
+from .forms import compressed_names
 from .fuse_activation import put_back
 from .lowering import Target
-from .site import SiteRef, compressed_names, get_path, iter_sites, stored_names
+from .refs import SiteRef, iter_sites
+from .site import get_path, stored_names
 
 
 def lowered_sites(model: nn.Module) -> list[SiteRef]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..capture.forms import form_names, forms_of, packed_names
 from ..capture.packed import unpack_weight
-from ..capture.site import form_names, forms_of, packed_names
 from ..errors import NMError
 from ..mask import DTYPES
 from ..storage.content import check_content, read_spec

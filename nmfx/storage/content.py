@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..capture.forms import compressed_names, form_names, format_name, forms_of, packed_names
 from ..capture.packed import check_compressed, check_same_weight, check_weight
-from ..capture.site import compressed_names, form_names, format_name, forms_of, packed_names
 from ..errors import NMError
 from ..kernels.semi_structured import check_algorithms
 from ..mask import is_nm

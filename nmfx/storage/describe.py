@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.candidates import Candidate, find_candidates
+from ..capture.refs import SiteRef, iter_sites
 from ..capture.site import (
     FOLDED,
     MADE_ON,
@@ -16,9 +17,7 @@ from ..capture.site import (
     NOTES,
     REPLACES,
     SKIPPED,
-    SiteRef,
     get_path,
-    iter_sites,
     join,
     marks_of,
     mask_name,

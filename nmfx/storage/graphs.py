@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.site import Holder
+from ..capture.holder import Holder
 from ..graph.follow import activation, called, module_activation, only_user
 from ..graph.table import argument, consumer_of, conv_arguments
 from .spec import digest

@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 
 from ..capture.candidates import Candidate, find_candidates
 from ..capture.fold_norm import NormFolding
+from ..capture.forms import form_names, forms_of
 from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
 from ..capture.neighbours import NORM_NAMES, is_norm
+from ..capture.refs import SiteRef, iter_sites
 from ..capture.site import (
     FOLDED,
     MADE_ON,
@@ -32,10 +34,6 @@ from ..capture.site import (
     SITES,
     SKIPPED,
     Site,
-    SiteRef,
-    form_names,
-    forms_of,
-    iter_sites,
     marks_of,
 )
 from ..capture.tied import admit_tied

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..capture.site import TWO_FORMS
+from ..capture.forms import TWO_FORMS
 from ..errors import NMError
 from ..ops.packed import ACTIVATIONS
 from ..pattern import Pattern

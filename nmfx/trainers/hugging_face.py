@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.site import sites_of
+from ..capture.refs import sites_of
 from ..errors import NMError
 from ..policy import Rules
 from .plan import Plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..capture.site import iter_sites
+from ..capture.refs import iter_sites
 from ..errors import NMError
 from ..policy import Rules, check_lambda, parse_rules
 from ..sparsify import DEFAULT_LAMBDA_W, sparsify

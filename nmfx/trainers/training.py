@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..attach import Attachment, attach, innermost
-from ..capture.site import sites_of
+from ..capture.refs import sites_of
 from ..errors import NMError
 from ..monitor import Monitor
 from ..schedule import freeze, set_lambda, set_pattern

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import relative_error, tolerance
-from ..capture.site import forms_of
+from ..capture.forms import forms_of
 from ..errors import NMError
 from . import cache, timer
 from .decide import DENSE, SEMI, Choice, Timing, decide

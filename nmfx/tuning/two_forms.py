@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..capture.site import TWO_FORMS, forms_of
+from ..capture.forms import TWO_FORMS, forms_of
 from ..errors import NMError
 from .decide import DENSE, PACKED, SEMI, TIE, Choice, Timing, as_fast
 
