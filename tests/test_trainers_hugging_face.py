@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -99,6 +100,23 @@ class StopsAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Traces(TrainerCallback):
+    """What each step starts from, as digests: a difference tells its step and where it began."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, str]] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = dict(kwargs["model"].named_parameters())
+        grads = {f"{n}.grad": p.grad for n, p in parameters.items() if p.grad is not None}
+        held = {**parameters, **grads, "random state": torch.get_rng_state()}
+        self.steps[state.global_step] = {name: digest(tensor) for name, tensor in held.items()}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha1(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()[:8]
+
+
 def lambda_of(step: int) -> float:
     return 1e-3 * (1 + step)
 
@@ -134,21 +152,27 @@ def interrupted(folder: Path, freeze_at: int, **more: Any) -> None:
 
 
 # With bf16 the last steps differed once, in a worker that had run hundreds of tests, and never in
-# 15 runs alone under load: the cause is not known, so it is no gate yet.
+# 75 runs under load, whatever lay in uninitialised memory: the cause is not known, so it is no gate
+# yet. The traces will tell where a difference begins.
 BFLOAT16 = pytest.param(10, True, marks=pytest.mark.deep)
 
 
 @pytest.mark.parametrize(("freeze_at", "bf16"), [(6, False), (10, False), BFLOAT16])
 def test_resumed_training_is_bit_identical(freeze_at: int, bf16: bool, tmp_path: Path) -> None:
-    whole = trainer_of(tmp_path / "whole", 0, planned(freeze_at, per_layer=True), bf16=bf16)
+    all_steps, last_steps = Traces(), Traces()
+    ours = planned(freeze_at, per_layer=True)
+    whole = trainer_of(tmp_path / "whole", 0, ours, all_steps, bf16=bf16)
     whole.train()
     broken = [planned(freeze_at, per_layer=True), StopsAt(9)]
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path / "broken", 0, *broken, bf16=bf16).train()
     torch.rand(100)  # a new process has another random state
     ours = planned(freeze_at, per_layer=True)
-    resumed = trainer_of(tmp_path / "broken", 5, ours, bf16=bf16)
+    resumed = trainer_of(tmp_path / "broken", 5, ours, last_steps, bf16=bf16)
     resumed.train(resume_from_checkpoint=True)
+    assert sorted(last_steps.steps) == [8, 9, 10, 11]
+    for step, held in last_steps.steps.items():
+        assert held == all_steps.steps[step], step
     one, other = everything(whole), everything(resumed)
     assert_identical(one, other)
     layers = one["nmfx"]["layers"].values()
