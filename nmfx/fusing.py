@@ -17,7 +17,7 @@ from .capture.candidates import Candidate
 from .capture.fold_norm import NormFolding
 from .capture.fuse_activation import ActivationFusing
 from .capture.lowering import Target
-from .capture.neighbours import Neighbour, Neighbours, Witness, activation_of, is_norm
+from .capture.neighbours import Neighbour, Neighbours, Witness, activation_of, has_act, is_norm
 
 
 class Fusing:
@@ -74,6 +74,8 @@ class Fusing:
         if why is None:
             self._folded.add(norm)
             self._remark(target, f"{text} folded in")
+            if has_act(norm):
+                self._chains[name] = [found[0], *self._neighbours.inside(found[0])]
         else:
             self._remark(target, f"{text} stays: {why}")
             self._chains[name] = []
@@ -126,6 +128,8 @@ def _chain(neighbours: Neighbours, layer: nn.Module) -> list[Neighbour]:
     if pair is not None and (is_norm(pair.second) or type(pair.second) is nn.Identity):
         chain.append(pair)
         assert isinstance(pair.second, nn.Module)
+        if has_act(pair.second):
+            return chain  # what reads it stands behind its own activation
         pair = neighbours.after(pair.second, layer)
     if pair is not None and activation_of(pair) is not None:
         chain.append(pair)

@@ -106,8 +106,9 @@ def lower(
 
     Where the example inputs and the code that calls them show that nothing else reads what lies
     between, a batch norm in eval mode is folded into the convolution before it (`nn.Identity`
-    stays in its place, and its tensors leave the state_dict), and a ReLU, GELU or SiLU that is a
-    module, or a node of a graph, is computed by the packed layer before it.
+    stays in its place, or its activation if it has one, and its tensors leave the state_dict), and
+    a ReLU, GELU or SiLU that is a module, or a node of a graph, is computed by the packed layer
+    before it.
 
     Args:
         model: a sparsified model, or one whose weights satisfy an N:M pattern.

@@ -591,6 +591,44 @@ def test_a_frozen_batch_norm_is_folded_in_train_mode_too() -> None:
     assert reasons(nmfx.lower(sparse(other), (X,), tune=False))["0"] == ""
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's: a batch norm, then its own dropout and activation."""
+
+    def __init__(self, size: int, act: nn.Module, drop: nn.Module | None = None) -> None:
+        super().__init__(size)
+        self.drop, self.act = nn.Identity() if drop is None else drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+BatchNormAct2d.__module__ = "timm.layers.norm_act"
+
+
+def test_a_batch_norm_with_an_activation_leaves_that() -> None:
+    shared = nn.ReLU()
+    options: list[dict[str, nn.Module]] = [
+        {"act": nn.ReLU()},
+        {"act": nn.Hardswish()},
+        {"act": nn.SiLU(), "drop": nn.Dropout(0.5)},
+        {"act": shared},
+        {"act": nn.Identity()},  # the ReLU behind it is not its own
+    ]
+    norms = [normal(8, BatchNormAct2d, **one) for one in options]
+    layers = [layer for norm in norms for layer in (nn.Conv2d(8, 8, 1), norm)]
+    model = sparse(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(8, 8, 1), shared))
+    lowered, found = lowered_equals_folded(model, X)
+    fused = {"0": "; relu fused", "6": ""}
+    for conv, norm in (("0", "1"), ("2", "3"), ("4", "5"), ("6", "7"), ("8", "9")):
+        assert found[conv] == f"{norm} folded in{fused.get(conv, '')}"
+    assert [type(lowered[1].act), type(lowered[3].act)] == [nn.Identity, nn.Hardswish]
+    assert type(lowered[5].drop) is nn.Dropout
+    assert not any(name.startswith(("1.", "3.", "9.")) for name in lowered.state_dict())
+    back = nmfx.fold(lowered)
+    assert type(back[1].act) is nn.ReLU
+    torch.testing.assert_close(back(X), nmfx.fold(model)(X), rtol=1e-4, atol=1e-5)
+
+
 class NormOfLinear(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()

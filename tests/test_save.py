@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fake_timer import PREPACKED_WINS, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fusing import Block, FrozenBatchNorm2d, normal
+from test_fusing import BatchNormAct2d, Block, FrozenBatchNorm2d, normal
 from test_fusing import X as IMAGE
 from torch import Tensor, fx, nn
 from zoo import ZOO, build, call, outputs
@@ -263,7 +263,14 @@ def _linear() -> nn.Module:
     return nn.Sequential(*frozen, *flat, nn.ReLU()).eval()
 
 
-@pytest.mark.parametrize("make", [_chain, _linear, lambda: Block().eval(), _traced, _exported])
+def _with_act() -> nn.Module:
+    norms = (normal(16, BatchNormAct2d, act=act) for act in (nn.ReLU(), nn.Tanh()))
+    return nn.Sequential(nn.Conv2d(8, 16, 3), next(norms), nn.Conv2d(16, 16, 1), next(norms)).eval()
+
+
+@pytest.mark.parametrize(
+    "make", [_chain, _linear, _with_act, lambda: Block().eval(), _traced, _exported]
+)
 def test_folded_norms_and_fused_activations_come_back(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:

@@ -5,8 +5,8 @@
     s = gamma / sqrt(var + eps)       one number for each output channel, so zeros stay zeros and
     t = (b - mean) s + beta           the weight keeps its pattern
 
-The batch norm becomes an nn.Identity, or leaves the graph. Each is folded completely or not at all,
-whatever interrupts it; what was folded stays so.
+The batch norm becomes an nn.Identity (timm's with an activation becomes that), or leaves the graph.
+Each is folded completely or not at all, whatever interrupts it; what was folded stays so.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..mask import magnitude
 from .graph_module import find_graph_uses
 from .leaf import trace_leaf
 from .lowering import Target
-from .neighbours import Neighbour, is_frozen
-from .site import FOLDED, REPLACES, get_path, join, marks_of
+from .neighbours import Neighbour, has_act, is_frozen, left_by
+from .site import FOLDED, get_path, join, marks_of
 
 _ROWS = 64  # converted to float64 at a time
 
@@ -124,8 +124,6 @@ class NormFolding:
         if new is None:
             return "folded in, its weights would overflow"
         table, name = pair.place_of_second()
-        nothing = nn.Identity().train(norm.training)
-        nothing.__dict__[REPLACES] = type(norm).__name__
         self._mark(conv, target.candidate.path)
         self._set_data(weight, new[0])
         # A new parameter: another layer may share the old one.
@@ -134,7 +132,7 @@ class NormFolding:
             "bias",
             nn.Parameter(new[1], (weight if bias is None else bias).requires_grad),
         )
-        self._set(table, name, nothing)
+        self._set(table, name, left_by(norm))
         self._steps.clear()
         return None
 
@@ -213,7 +211,7 @@ def _obstacle(target: Target, norm: Any, training: bool, dims: set[int]) -> str 
     shape, kind = target.candidate.shape, target.candidate.kind
     # BatchNorm1d normalises dimension 1: the channels of a linear layer if its results are (N, C).
     wanted = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,)}.get(type(norm), (2, 3, 4))
-    wanted = (4,) if is_frozen(norm) else wanted
+    wanted = (4,) if is_frozen(norm) or has_act(norm) else wanted
     fits = kind in ("conv", "linear") and len(shape) in wanted and dims == {len(shape)}
     features = norm.weight.shape[0] if is_frozen(norm) else norm.num_features
     if not fits or features != shape[0]:

@@ -8,7 +8,7 @@ else calls one without the other. Graphs need no second proof: they are the code
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,15 @@ from torch import Tensor, fx, nn
 
 from ..graph.follow import activation, followed_by_module, follower, module_activation, touched
 from .shallow import shallow_graphs
-from .site import SITES
+from .site import REPLACES, SITES
 from .tracer import Untraceable
 
 # Exact types: a subclass may compute something else.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-FROZEN = "FrozenBatchNorm2d"  # torchvision's, by name: importing that takes seconds
-NORM_NAMES = (*(kind.__name__ for kind in NORMS), FROZEN)
+# By name, as importing these libraries takes seconds.
+FROZEN = "FrozenBatchNorm2d"  # torchvision's: no train mode, made of buffers
+WITH_ACT = "BatchNormAct2d"  # timm's: a batch norm, its children `drop` and then `act`
+NORM_NAMES = (*(kind.__name__ for kind in NORMS), FROZEN, WITH_ACT)
 
 
 def is_frozen(module: object) -> bool:
@@ -32,9 +34,26 @@ def is_frozen(module: object) -> bool:
     return kind.__name__ == FROZEN and kind.__module__ == "torchvision.ops.misc"
 
 
+def has_act(module: object) -> bool:
+    """Whether a module is timm's batch norm with an activation of its own."""
+    kind = type(module)
+    return kind.__name__ == WITH_ACT and kind.__module__ == "timm.layers.norm_act"
+
+
 def is_norm(module: object) -> bool:
     """Whether a module is a batch norm that may be folded."""
-    return type(module) in NORMS or is_frozen(module)
+    return type(module) in NORMS or is_frozen(module) or has_act(module)
+
+
+def left_by(norm: nn.Module) -> nn.Module:
+    """What stays in the place of a folded batch norm: its children, or an nn.Identity."""
+    children = OrderedDict(
+        (key, child) for key, child in norm._modules.items() if child is not None
+    )
+    left = nn.Sequential(children) if children else nn.Identity()
+    left.training = norm.training
+    left.__dict__[REPLACES] = type(norm).__name__
+    return left
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,19 @@ class Neighbours:
         if isinstance(second, nn.Module) and (len(self._owners[second]) != 1 or touched(second)):
             return None
         return Neighbour(caller, first, second)
+
+    def inside(self, pair: Neighbour) -> list[Neighbour]:
+        """The activation of a batch norm that has one, behind the layer it was folded into.
+
+        Args:
+            pair: a layer and such a batch norm, in whose place `left_by` stands now.
+        """
+        norm: Any = pair.second
+        drop, act = norm.drop, norm.act
+        alone = len(self._owners[act]) == 1 and not touched(drop) and not touched(act)
+        if type(drop) is not nn.Identity or module_activation(act) is None or not alone:
+            return []
+        return [Neighbour(pair.caller, pair.first, act)]
 
     def _promising(self, caller: nn.Module, layer: nn.Module) -> bool:
         """Whether a foreign forward is worth tracing: something there could join the layer."""

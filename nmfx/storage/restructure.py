@@ -23,7 +23,7 @@ from ..capture.forms import form_names, forms_of
 from ..capture.fuse_activation import ActivationFusing, behind
 from ..capture.install import install_guards, refresh
 from ..capture.lowering import Target
-from ..capture.neighbours import NORM_NAMES, is_norm
+from ..capture.neighbours import NORM_NAMES, is_norm, left_by
 from ..capture.refs import SiteRef, iter_sites
 from ..capture.site import (
     FOLDED,
@@ -184,7 +184,8 @@ def _fold_norms(model: nn.Module, spec: Spec) -> None:
 def _put_identities(model: nn.Module, identities: Mapping[str, str]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[nn.Module, nn.Module] = {}
-    for name, what in identities.items():
+    # Inner ones first: what stays of a batch norm takes its children over.
+    for name, what in sorted(identities.items(), key=lambda item: -item[0].count(".")):
         old = modules.get(name)
         if old is None or not name:
             raise NMError(f"{name}: it became an nn.Identity, and the model has no such module")
@@ -196,7 +197,9 @@ def _put_identities(model: nn.Module, identities: Mapping[str, str]) -> None:
                 f"{name}: {what} was replaced by nn.Identity there, and here it is a "
                 f"{type(old).__name__}"
             )
-        if old not in new:
+        if old not in new and is_norm(old):
+            new[old] = left_by(old)
+        elif old not in new:
             new[old] = nn.Identity().train(old.training)
             new[old].__dict__[REPLACES] = what
         prefix, _, key = name.rpartition(".")
