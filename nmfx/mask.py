@@ -16,8 +16,11 @@ never crosses a row, a filter or a kernel position.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from .errors import NMError
 from .pattern import Pattern, PatternLike
@@ -63,8 +66,29 @@ def check_groups(weight: Tensor, pattern: Pattern, dim: int) -> int:
     return dim
 
 
+class _BatchedBits(torch.autograd.Function):
+    """`as_bits` under vmap, for a torch whose vmap knows no views as another dtype (2.11)."""
+
+    @staticmethod
+    def forward(weight: Tensor) -> Tensor:
+        return weight.view(_BITS[weight.dtype][0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], weight: Tensor) -> tuple[Tensor, int]:
+        return as_bits(weight), in_dims[0]
+
+
+_VMAP_VIEWS = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")
+
+
 def as_bits(weight: Tensor) -> Tensor:
     """The elements of `weight` as integers of the same width; a view, same shape and strides."""
+    if not _VMAP_VIEWS and not torch.compiler.is_compiling() and _are_functorch_transforms_active():
+        return _BatchedBits.apply(weight)
     return weight.view(_BITS[weight.dtype][0])
 
 

@@ -67,7 +67,8 @@ def sharded(mesh: DeviceMesh, dim: int, columns: int = 16) -> tuple[nn.Linear, T
     layer = nmfx.sparsify(nn.Linear(columns, 8, bias=False), {"*": "2:4"}, lambda_w=0.5)
     whole = layer.weight.detach().clone()
     layer.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None))
-    layer.weight.grad = distribute_tensor(torch.ones(8, columns), mesh, [Shard(dim)])
+    ones = torch.ones(8, columns)  # nothing is sent: there is nobody else
+    layer.weight.grad = distribute_tensor(ones, mesh, [Shard(dim)], src_data_rank=None)
     return layer, whole
 
 
