@@ -63,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--result", type=Path, help="instead of results/coverage_<yyyymm>.md")
     parser.add_argument("--render", action="store_true", help="only write the table")
     parser.add_argument("--seconds", type=int, default=150, help="of CPU, per model and stage")
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="of memory, per model")
     return parser.parse_args()
 
 
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace, stage: str) -> None:
 
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of what the parent imported
-    run_all(jobs, args.work / "running", args.jobs, Limits(args.seconds), done)
+    run_all(jobs, args.work / "running", args.jobs, Limits(args.seconds, args.gigabytes), done)
 
 
 def _staged(row: Row, stage: str) -> Row:
