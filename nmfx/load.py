@@ -18,7 +18,7 @@ from .errors import NMError
 from .mask import same_values
 from .save import uncompiled
 from .storage.content import all_names, check_content, read_spec
-from .storage.files import Source, open_model
+from .storage.reading import Source, open_model
 from .storage.restructure import restructure
 from .storage.snapshot import Snapshot
 from .storage.spec import Spec

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .capture.install import check_classes
 from .errors import NMError
 from .storage.describe import describe
-from .storage.files import Writer, place_of, split, stored_as
+from .storage.digests import stored_as
+from .storage.place import place_of
 from .storage.spec import Spec
+from .storage.writing import Writer, split
 from .version import NMFX
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

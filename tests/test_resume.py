@@ -102,7 +102,7 @@ def test_killed_and_resumed_training_is_bit_identical(kill_after: int, tmp_path:
     assert start(broken, steps, every, "yes", 0).wait(300) == 0
     assert straight.wait(300) == 0
     # The file names its tensors' digests and every layer's state: equal bytes say it all.
-    from nmfx.storage.files import open_model
+    from nmfx.storage.reading import open_model
 
     one, two = (open_model(folder / "final.safetensors") for folder in (whole, broken))
     assert one.spec == two.spec

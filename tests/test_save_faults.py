@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.kernels import semi_structured as semi
-from nmfx.storage.files import sha256_of
+from nmfx.storage.digests import sha256_of
 from nmfx.storage.spec import digest
 
 # Each mutation is one load. `make test` tries some of them, `make test-all` all.

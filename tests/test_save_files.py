@@ -20,7 +20,7 @@ from test_save import Mlp, X, _packed, _sparse, assert_same_model
 from torch import nn
 
 import nmfx
-from nmfx.storage import files
+from nmfx.storage import writing
 
 LINUX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -98,9 +98,9 @@ def _steps(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> list[int]:
         monkeypatch.setattr(owner, name, call)
 
     for name in ("_write_tensors", "_sync", "_unlink"):
-        wrapped(files, name)
-    wrapped(files.os, "replace")
-    wrapped(files.Path, "unlink")
+        wrapped(writing, name)
+    wrapped(writing.os, "replace")
+    wrapped(writing.Path, "unlink")
     return count
 
 
@@ -212,7 +212,7 @@ def test_an_index_that_cannot_be_read_costs_no_shard(
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_write_tensors", full)
+        patch.setattr(writing, "_write_tensors", full)
         with pytest.raises(OSError, match="no space"):
             nmfx.save(_packed(), tmp_path, max_shard_size="2KB")
     assert names(tmp_path) == before

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import nmfx
 from nmfx.__main__ import main
-from nmfx.storage.files import Writer
+from nmfx.storage.writing import Writer
 
 
 class Shares(nn.Module):
@@ -151,7 +151,7 @@ def test_convert_keeps_what_else_a_file_says(tmp_path: Path) -> None:
     model = nmfx.fold(nmfx.sparsify(nn.Sequential(nn.Conv2d(16, 16, 3, groups=2)), {"0": "2:4"}))
     out = tmp_path / "out.safetensors"
     main(["convert", str(saved(model, tmp_path)), str(out), "--pattern", "2:4"])
-    from nmfx.storage.files import open_model
+    from nmfx.storage.reading import open_model
     from nmfx.storage.spec import Spec
 
     layer = Spec.from_json(str(open_model(out).spec)).layers["0.weight"]

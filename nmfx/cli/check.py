@@ -10,7 +10,7 @@ from ..errors import NMError
 from ..mask import magnitude
 from ..offence import find_offence
 from ..pattern import Pattern
-from ..storage.files import open_model
+from ..storage.reading import open_model
 from ..tuning.progress import progress_of
 from . import output
 from .weights import Weight, add_options, check_globs, weights

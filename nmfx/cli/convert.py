@@ -16,16 +16,11 @@ from ..errors import NMError
 from ..mask import nm_project
 from ..pattern import Pattern
 from ..storage.content import read_spec
-from ..storage.files import (
-    SUFFIX,
-    Place,
-    Source,
-    Writer,
-    open_model,
-    place_of,
-    stored_as,
-)
+from ..storage.digests import stored_as
+from ..storage.place import SUFFIX, Place, place_of
+from ..storage.reading import Source, open_model
 from ..storage.spec import Layer, Spec, Stored
+from ..storage.writing import Writer
 from ..tuning.progress import progress
 from ..version import NMFX
 from . import output

@@ -9,7 +9,7 @@ from ..capture.packed import packed_weight_bytes
 from ..mask import DTYPES
 from ..metrics import density
 from ..packing import detect_pattern, makes_smaller
-from ..storage.files import open_model
+from ..storage.reading import open_model
 from ..tuning.progress import progress_of
 from . import output
 from .weights import Weight, add_options, check_globs, in_order, weights

@@ -21,7 +21,7 @@ from ..capture.packed import unpack_weight
 from ..errors import NMError
 from ..mask import DTYPES
 from ..storage.content import check_content, read_spec
-from ..storage.files import Source
+from ..storage.reading import Source
 from ..storage.spec import Layer, Spec
 
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|word_embeddings?|pos_?emb\w*)([._]|$)")

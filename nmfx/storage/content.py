@@ -12,7 +12,7 @@ from ..capture.packed import check_compressed, check_same_weight, check_weight
 from ..errors import NMError
 from ..kernels.semi_structured import check_algorithms
 from ..mask import is_nm
-from .files import Source
+from .reading import Source
 from .spec import Layer, Spec
 from .tensors import MASK
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..capture.site import join
 from ..errors import NMError
-from .files import is_text
+from .place import is_text
 
 MASK = "nmfx.mask:"
 BUFFER = "nmfx.buffer:"
