@@ -36,6 +36,8 @@ class FakeTimer:
         if set(candidates) == {"model"}:
             candidates["model"]()
             return {"model": self.whole.pop(0) if len(self.whole) > 1 else self.whole[0]}
+        if "dense" not in candidates:  # the algorithms of a form
+            return dict.fromkeys(candidates, 1.0)
         x = candidates["dense"].args[0]
         rows = x.numel() // x.shape[-1]
         self.asked.append((set(candidates), rows))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_timer import install
 from hypothesis import given
 from hypothesis import strategies as st
@@ -309,6 +310,42 @@ def test_lies_about_semi_structured_weights_are_refused(
     COMPRESSED_LIES[lie](spec["layers"]["a.weight"])
     _forge(path, spec, tensors)
     assert outcome(path, _wide(), None) == "refused"
+
+
+def test_what_cusparselt_made_must_have_the_shape_that_torch_gives_it_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch tells the rows from the shape, and would read past the end. With stand-ins for it."""
+
+    def product(
+        compressed: Tensor, x: Tensor, bias: Tensor | None, transpose_result: bool, alg_id: int
+    ) -> Tensor:
+        return F.linear(x.t(), compressed, bias)
+
+    monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUSPARSELT)
+    monkeypatch.setattr(semi, "format_of", lambda *args: "cuSPARSELt torch.bfloat16 702 for 9.0")
+    monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda filled: filled.clone())
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(semi, "_MOST_ALGORITHMS", 1)
+    install(monkeypatch, {"dense": 3.0, "prepacked": 3.0, "packed": 2.0, "semi_structured": 1.0})
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(32, 48)).bfloat16()
+
+    x = torch.randn(3, 32).bfloat16()
+    fast = nmfx.lower(nmfx.sparsify(make(), {"?*": "2:4"}), (x,))
+    assert [row.state for row in nmfx.report(fast)] == ["semi_structured"]
+    (path,) = nmfx.save(fast, tmp_path)
+    assert torch.equal(nmfx.load(path, into=make())(x), fast(x))
+    monkeypatch.setattr(torch, "_cslt_compress", lambda filled: filled.flatten())
+    into = make()
+    before = {name: value.clone() for name, value in into.state_dict().items()}
+    with pytest.raises(nmfx.NMError, match=r"0.weight: its bytes have the shape \(48, 64\), and "):
+        nmfx.load(path, into=into)
+    after = into.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_random_damage_to_semi_structured_weights(compressed: nn.Module, tmp_path: Path) -> None:

@@ -148,6 +148,19 @@ def has_size(sizes: tuple[int, ...], out: int, into: int, backend: Backend) -> b
     return sizes == (whole * 8 // 9, whole // 9)
 
 
+def compressed_shape(
+    out: int, into: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, ...]:
+    """The shape of what cuSPARSELt makes of an (out, into) weight here, as bytes.
+
+    It is torch's choice, and tells torch how many rows to multiply: with another one it may read
+    past the end. So it is looked at, on a weight of zeros.
+    """
+    zeros = torch.zeros(out, into, dtype=dtype, device=device)
+    made = torch._cslt_compress(_filled(zeros, CUSPARSELT.out, CUSPARSELT.into))
+    return tuple(made.contiguous().view(torch.uint8).shape)
+
+
 def check_cutlass(
     compressed: Tensor, meta: Tensor, out: int, into: int, dtype: torch.dtype, pattern: Pattern
 ) -> None:

@@ -279,6 +279,14 @@ def _moved(
         sizes = tuple(tensors[key].nbytes for key in names)
         if not semi_structured.has_size(sizes, out, into, backend):
             raise NMError(f"{name}: its tensors have {sizes} bytes; the file is damaged")
+        if backend is semi_structured.CUSPARSELT:
+            found = tuple(tensors[names[0]].shape)
+            wanted = semi_structured.compressed_shape(out, into, dtype, device)
+            if found != wanted:
+                raise NMError(
+                    f"{name}: its bytes have the shape {found}, and torch {torch.__version__} "
+                    f"makes {wanted}; lower the dense model here"
+                )
     return tuple(tensors[key].to(device) for key in names)
 
 
