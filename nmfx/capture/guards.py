@@ -25,7 +25,7 @@ from torch import nn
 
 from .generate import base_class, generated_class
 from .readers import weights_read
-from .stand_in import masked_below, run_with
+from .stand_in import hosts_of, masked_below, run_with
 
 # Class attribute overrides that make a parent call its children.
 OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {
@@ -52,7 +52,8 @@ def guards(module: nn.Module, hosts: set[nn.Module]) -> bool:
     """Whether `module` reads the weights of any of `hosts`."""
     if isinstance(module, tuple(OVERRIDES)):
         return not hosts.isdisjoint(module.modules())
-    return any(module.get_submodule(path) in hosts for path in owners_read(module))
+    paths = (host for path in owners_read(module) for host, _ in hosts_of(path))
+    return any(module.get_submodule(path) in hosts for path in paths)
 
 
 def owners_read(module: nn.Module) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def weights_read(module: nn.Module, base: type[nn.Module]) -> Reads:
     scan = _scans.get(base)
     if scan is None:
         scan = _scans[base] = _scan(base)
-    if not scan.read:
+    if not scan.read and not scan.written:
         return Reads()
     read = frozenset(p for chain in scan.read for p in _parameters(module, chain))
     written = frozenset(p for chain in scan.written for p in _parameters(module, chain))
@@ -74,8 +74,8 @@ def _expand(module: nn.Module, chain: Chain) -> Iterator[tuple[str, nn.Module]]:
 
 def _parameters(module: nn.Module, chain: Chain) -> Iterator[str]:
     for path, owner in _expand(module, chain[:-1]):
-        if path and owner._parameters.get(chain[-1]) is not None:
-            yield f"{path}.{chain[-1]}"
+        if owner._parameters.get(chain[-1]) is not None:
+            yield f"{path}.{chain[-1]}" if path else chain[-1]
 
 
 # --- one class ---------------------------------------------------------------------------------
@@ -96,7 +96,19 @@ _SETUP = (
         "load",
         "_load",
     ),
-    *("save", "_save", "set_", "get_", "from_", "_from", "prune", "_prune", "extra_"),
+    *(
+        "weights_init",
+        "weight_init",
+        "save",
+        "_save",
+        "set_",
+        "get_",
+        "from_",
+        "_from",
+        "prune",
+        "_prune",
+        "extra_",
+    ),
 )
 # Base classes that do nothing else besides calling `forward`.
 _BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation")
@@ -105,9 +117,12 @@ _BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "transformer
 def _scan(base: type[nn.Module]) -> Scan:
     scan = Scan()
     reached = _follow(base, "forward", scan)
+    # A mask hides what a forward writes to its own weights, and nothing that happens outside.
+    own = {chain for chain in scan.written if len(chain) == 1}
     for name in _methods(base):
         if name not in reached:
             _follow(base, name, scan)
+    scan.written = {chain for chain in scan.written if len(chain) > 1} | own
     return scan
 
 

@@ -32,7 +32,7 @@ def scoped_class(module: nn.Module, sites: list[Site]) -> type[nn.Module]:
     )
 
     def nmfx_masked(self: Any) -> dict[str, Tensor]:
-        masked = {}
+        masked = masked_below(self, owners)
         for path, state, m, dim, control, mask in parts:
             weight = get_path(self, path)
             if state == "frozen":
@@ -43,8 +43,7 @@ def scoped_class(module: nn.Module, sites: list[Site]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        masked = {**masked_below(self, owners), **nmfx_masked(self)}
-        return run_with(self, base.forward, masked, args, kwargs)
+        return run_with(self, base.forward, nmfx_masked(self), args, kwargs)
 
     if isinstance(module, nn.RNNBase):
         # Dynamo leaves nn.LSTM and its like alone. (This imports it, in half a second.)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 import types
+from collections import Counter
 from dataclasses import dataclass, field
 
 Chain = tuple[str, ...]  # ("layers", "*", "weight") for self.layers[i].weight
@@ -72,13 +73,33 @@ _LIKE = frozenset(
 _SAME = frozenset({"data", "detach"})  # the same values under another name
 
 
+# Methods and functions that end in "_" and leave the values alone.
+_HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_"})
+
+
+def _changes(name: str) -> bool:
+    return (
+        name.endswith("_")
+        and not name.endswith("__")
+        and name not in _HARMLESS
+        and not name.startswith("clip_grad")
+    )
+
+
+Chains = frozenset[Chain]
+_NONE: Chains = frozenset()
+
+
 class _Visitor:
     """Looks at one function."""
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
         self.parents: dict[ast.AST, ast.AST] = {}
-        self.aliases: dict[str, Chain] = {}
+        self.aliases: dict[str, Chains] = {}  # modules, or lists of them
+        self.groups: dict[str, list[ast.expr]] = {}  # `layers = (self.q, self.k)`
+        self.weights: dict[str, Chains] = {}  # `w = self.q.weight`
+        self.bound: Counter[str] = Counter()
 
     def run(self, tree: ast.Module) -> None:
         function = tree.body[0]
@@ -87,58 +108,142 @@ class _Visitor:
         arguments = [*function.args.posonlyargs, *function.args.args]
         if not arguments:
             return
-        self.aliases[arguments[0].arg] = ()
+        self.aliases[arguments[0].arg] = frozenset({()})
         for node in ast.walk(function):
             for child in ast.iter_child_nodes(node):
                 self.parents[child] = node
+            changed = isinstance(self.parents.get(node), ast.AugAssign)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and not changed:
+                self.bound[node.id] += 1
         for _ in range(2):  # an alias of an alias
             for node in ast.walk(function):
                 self._note_alias(node)
         for node in ast.walk(function):
             self._note_use(node)
 
-    def _note_alias(self, node: ast.AST) -> None:
-        """`q = self.query`, `for layer in self.layers`."""
-        pairs: list[tuple[ast.AST, ast.AST, Chain]] = []
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            pairs = [(node.targets[0], node.value, ())]
-        elif isinstance(node, ast.NamedExpr):
-            pairs = [(node.target, node.value, ())]
-        elif isinstance(node, (ast.For, ast.comprehension)):
-            pairs = [(node.target, node.iter, (ANY,))]
-        for target, value, more in pairs:
-            chain = self._chain(value)
-            if isinstance(target, ast.Name) and chain and "weight" not in chain[-1]:
-                self.aliases.setdefault(target.id, chain + more)
+    # --- names for what hangs below self --------------------------------------------------------
 
-    def _chain(self, node: ast.AST) -> Chain | None:
+    def _note_alias(self, node: ast.AST) -> None:
+        """`q = self.query`, `q, k = self.query, self.key`, `for layer in self.layers`."""
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._bind(target, node.value)
+        elif isinstance(node, (ast.NamedExpr, ast.AnnAssign)) and node.value is not None:
+            self._bind(node.target, node.value)
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            self._bind_items(node.target, node.iter)
+
+    def _bind(self, target: ast.expr, value: ast.expr) -> None:
+        display = isinstance(value, (ast.Tuple, ast.List))
+        if isinstance(target, (ast.Tuple, ast.List)):
+            if display and len(target.elts) == len(value.elts):  # type: ignore[attr-defined]
+                for one, its in zip(target.elts, value.elts, strict=True):  # type: ignore[attr-defined]
+                    self._bind(one, its)
+            else:
+                self._bind_items(target, value)
+        elif isinstance(target, ast.Name) and display:
+            self.groups[target.id] = value.elts  # type: ignore[attr-defined]
+        elif isinstance(target, ast.Name):
+            self._name(target.id, self._chains(value))
+
+    def _bind_items(self, target: ast.expr, value: ast.expr) -> None:
+        """Each element of `value` is a `target`."""
+        if isinstance(target, (ast.Tuple, ast.List)):
+            columns = self._columns(value, len(target.elts))
+            for one, chains in zip(target.elts, columns, strict=True):
+                if isinstance(one, ast.Name):
+                    self._name(one.id, chains)
+        elif isinstance(target, ast.Name):
+            self._name(target.id, self._items(value))
+
+    def _name(self, name: str, chains: Chains) -> None:
+        modules = frozenset(chain for chain in chains if not _is_weight(chain))
+        if modules - {()}:
+            self.aliases[name] = self.aliases.get(name, _NONE) | modules
+        if chains - modules and self.bound[name] == 1:  # it is the weight wherever it stands
+            self.weights[name] = chains - modules
+
+    def _columns(self, value: ast.expr, count: int) -> list[Chains]:
+        """What each of `count` targets can be, of elements that are tuples."""
+        nothing = [_NONE] * count
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.args:
+            if value.func.id == "enumerate" and count == 2:
+                return [_NONE, self._items(value.args[0])]
+            if value.func.id == "zip" and count == len(value.args):
+                return [self._items(one) for one in value.args]
+        method = value.func if isinstance(value, ast.Call) else None
+        if isinstance(method, ast.Attribute) and method.attr in ("items", "named_children"):
+            return [_NONE, self._below(method.value)] if count == 2 else nothing
+        if isinstance(value, (ast.Tuple, ast.List)):  # for a, b in ((self.q, self.k), ...)
+            for one in value.elts:
+                if isinstance(one, (ast.Tuple, ast.List)) and len(one.elts) == count:
+                    nothing = [
+                        old | self._chains(its) for old, its in zip(nothing, one.elts, strict=True)
+                    ]
+            return nothing
+        return [self._items(value)] * count  # a, b = self.layers
+
+    def _items(self, value: ast.expr) -> Chains:
+        """What an element of `value` can be."""
+        if isinstance(value, ast.Name) and value.id in self.groups:
+            return frozenset().union(*map(self._chains, self.groups[value.id]))
+        if isinstance(value, (ast.Tuple, ast.List, ast.Set)):
+            return frozenset().union(*map(self._chains, value.elts))
+        if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):
+            return self._items(value.value)
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+            copies = ("reversed", "list", "tuple", "iter", "sorted", "set")
+            return self._items(value.args[0]) if value.func.id in copies and value.args else _NONE
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+            lists = value.func.attr in ("values", "children")
+            return self._below(value.func.value) if lists else _NONE
+        return self._below(value)
+
+    def _below(self, value: ast.expr) -> Chains:
+        return frozenset((*chain, ANY) for chain in self._chains(value) if not _is_weight(chain))
+
+    def _chains(self, node: ast.AST) -> Chains:
         if isinstance(node, ast.Name):
-            return self.aliases.get(node.id)
+            return self.aliases.get(node.id, _NONE) | self.weights.get(node.id, _NONE)
         if isinstance(node, ast.Attribute):
-            below = self._chain(node.value)
-            return None if below is None else (*below, node.attr)
+            below = self._chains(node.value)
+            if node.attr in _SAME:
+                same = frozenset(chain for chain in below if _is_weight(chain))
+                if same:
+                    return same
+            return frozenset((*chain, node.attr) for chain in below if not _is_weight(chain))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in _SAME:
+                return frozenset(filter(_is_weight, self._chains(node.func.value)))
+            return _NONE
         if isinstance(node, ast.Subscript):
-            below = self._chain(node.value)
-            if not below or "weight" in below[-1]:
-                return None
+            if isinstance(node.value, ast.Name) and node.value.id in self.groups:
+                return self._items(node.value)
+            if isinstance(node.slice, ast.Slice):
+                return self._chains(node.value)
             index = node.slice.value if isinstance(node.slice, ast.Constant) else None
-            return (*below, ANY if index is None or index == -1 else str(index))
-        return None
+            key = ANY if index is None or index == -1 else str(index)
+            below = self._chains(node.value)
+            return frozenset((*chain, key) for chain in below if chain and not _is_weight(chain))
+        if isinstance(node, ast.IfExp):
+            return self._chains(node.body) | self._chains(node.orelse)
+        return _NONE
+
+    # --- what is done with them -----------------------------------------------------------------
 
     def _note_use(self, node: ast.AST) -> None:
         if isinstance(node, ast.Call):
-            chain = self._chain(node.func)
-            if chain:
-                self.scan.called.add(chain)
+            self.scan.called |= {chain for chain in self._chains(node.func) if chain}
         elif isinstance(node, ast.Attribute) and "weight" in node.attr:
-            chain = self._chain(node)
-            if chain is None or len(chain) < 2:
-                return
+            chains = frozenset(filter(_is_weight, self._chains(node)))
+            below = frozenset(chain for chain in chains if len(chain) > 1)
             if self._writes(node):
-                self.scan.written.add(chain)
-                self.scan.read.add(chain)
+                self.scan.written |= chains
+                self.scan.read |= below
             elif not self._only_metadata(node):
-                self.scan.read.add(chain)
+                self.scan.read |= below
+        elif isinstance(node, ast.Name) and node.id in self.weights and self._writes(node):
+            self.scan.written |= self.weights[node.id]
 
     def _only_metadata(self, node: ast.AST) -> bool:
         parent = self.parents.get(node)
@@ -147,7 +252,7 @@ class _Visitor:
                 call = self.parents.get(parent)
                 called = isinstance(call, ast.Call) and call.func is parent
                 return self._only_metadata(call if called and call is not None else parent)
-            return parent.attr in _METADATA or isinstance(parent.ctx, ast.Store)
+            return parent.attr in (_METADATA | _HARMLESS) or isinstance(parent.ctx, ast.Store)
         if isinstance(parent, ast.Compare):
             return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
         if isinstance(parent, ast.Call) and node is not parent.func:
@@ -158,20 +263,34 @@ class _Visitor:
         return False
 
     def _writes(self, node: ast.AST) -> bool:
-        """`self.a.weight = ...`, `self.a.weight.data[0] = ...`, `self.a.weight.data.clamp_()`."""
+        """`self.a.weight = ...`, `self.a.weight.data[0] = ...`, `self.a.weight.data.clamp_()`.
+
+        And `nn.init.ones_(self.a.weight)`, `torch.clamp(..., out=self.a.weight)`.
+        """
+        named = isinstance(node, ast.Name)  # binding it again changes no weight
         while True:
-            if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+            if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and not named:
                 return True
             parent = self.parents.get(node)
             if isinstance(parent, ast.AugAssign):
                 return parent.target is node
+            if isinstance(parent, ast.keyword):
+                return parent.arg == "out"
             if isinstance(parent, ast.Call):
-                name = node.attr if isinstance(node, ast.Attribute) else ""
-                return parent.func is node and name.endswith("_") and not name.endswith("__")
+                if parent.func is node:
+                    return isinstance(node, ast.Attribute) and _changes(node.attr)
+                called = parent.func
+                name = called.attr if isinstance(called, ast.Attribute) else ""
+                name = called.id if isinstance(called, ast.Name) else name
+                return _changes(name) and parent.args[:1] == [node]
             method = isinstance(parent, ast.Attribute) and (
                 parent.attr in _SAME or isinstance(self.parents.get(parent), ast.Call)
             )
             part = isinstance(parent, ast.Subscript) and parent.value is node
             if parent is None or not (method or part):
                 return False
-            node = parent
+            node, named = parent, False
+
+
+def _is_weight(chain: Chain) -> bool:
+    return bool(chain) and "weight" in chain[-1]

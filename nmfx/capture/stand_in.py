@@ -3,11 +3,12 @@
 A stand-in is a shallow copy made for one call: threads that run one model do not see each other's
 weights (swapping the parameters in place would show them). Every way in which the forward reads a
 weight, fused fast paths included, sees the masked one. Attributes that a forward sets are carried
-back to the module.
+back to the module; what it writes to a weight would be lost, and is an error.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from ..errors import NMError
 from .generate import base_class
 from .site import get_path
 
@@ -23,19 +25,36 @@ from .site import get_path
 def run_with(
     module: nn.Module, method: Callable, weights: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> Any:
-    """`method(module, *args, **kwargs)`, with other tensors at the given parameter paths."""
+    """`method(module, *args, **kwargs)`, with other tensors at the given parameter paths.
+
+    Raises:
+        NMError: the method wrote to one of these.
+    """
     if torch.compiler.is_compiling():
         # Dynamo of torch 2.11 cannot copy a module's attributes. It traces in one thread, and
         # nothing of the swap is left in the compiled code.
         with _swapped(module, weights):
             return method(module, *args, **kwargs)
-    stand_in = _with_weights(module, weights)
-    before = _attributes(stand_in)
-    result = method(stand_in, *args, **kwargs)
-    for name, value in _attributes(stand_in).items():
-        if name not in before or before[name] is not value:
-            setattr(module, name, value)
+    made: list[_Copy] = []
+    stand_in = _with_weights(module, weights, made)
+    handed = [(path, tensor, _version(tensor)) for path, tensor in weights.items()]
+    try:
+        result = method(stand_in, *args, **kwargs)
+    finally:
+        for copy in made:
+            copy.carry_back()
+    for path, tensor, version in handed:
+        if get_path(stand_in, path) is not tensor or _version(tensor) != version:
+            raise NMError(
+                f"{path}: {base_class(module).__name__} wrote to this weight while it ran, where a "
+                f"masked copy stands for it, so what was written is lost; keep this layer dense "
+                f"with a rule, or write to the weight outside of it"
+            )
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -59,20 +78,47 @@ def _flat_weights(module: Any) -> list[Any]:
     return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    # The stand-in shares its table of buffers with the module, but not these two.
-    return {**module.__dict__, **module._parameters, **module._modules}
+class _Copy:
+    """A shallow copy of a module that stands for it during one call."""
+
+    def __init__(self, module: nn.Module, copy: nn.Module, replaced: set[str]) -> None:
+        self._module, self._copy, self._replaced = module, copy, replaced
+        self._before = self._attributes()
+
+    def _attributes(self) -> dict[str, Any]:
+        # The copy shares its table of buffers with the module, but not these two.
+        fields = {**self._copy.__dict__, **self._copy._parameters, **self._copy._modules}
+        return {name: value for name, value in fields.items() if name not in self._replaced}
+
+    def carry_back(self) -> None:
+        """Sets on the module what a forward set on the copy."""
+        for name, value in self._attributes().items():
+            if name not in self._before or self._before[name] is not value:
+                setattr(self._module, name, value)
 
 
-def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A shallow copy of `module` with other tensors at the given parameter paths."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _with_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], made: list[_Copy], hooks: bool = False
+) -> nn.Module:
+    """A shallow copy of `module` with other tensors at the given parameter paths.
+
+    Args:
+        module, weights: see `run_with`.
+        made: gets this copy and those below it.
+        hooks: whether hooks may run on the copy; they are told of the module itself.
+    """
     fields = dict(module.__dict__)
     fields["_parameters"] = dict(module._parameters)
     fields["_modules"] = dict(module._modules)
     below: dict[str, dict[str, Tensor]] = {}
+    replaced = {"_parameters", "_modules", _FLAT, *_HOOKS}
     own = False
     for path, tensor in weights.items():
         child, _, rest = path.partition(".")
+        replaced.add(child)
         if rest:
             below.setdefault(child, {})[rest] = tensor
         else:
@@ -80,21 +126,48 @@ def _with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module
             fields["_parameters"][child] = tensor
             fields.pop(child, None)  # FSDP and replicas set parameters as plain attributes
     for child, tensors in below.items():
-        fields["_modules"][child] = _with_weights(fields["_modules"][child], tensors)
+        fields["_modules"][child] = _with_weights(fields["_modules"][child], tensors, made, True)
+    for table in _HOOKS if hooks else ():
+        if fields.get(table):
+            told = ((key, _told(module, hook)) for key, hook in fields[table].items())
+            fields[table] = OrderedDict(told)
     # A module on the way to a weight still masks the weights that are its own.
     copy = object.__new__(base_class(module) if own else type(module))
     copy.__dict__.update(fields)
     if _FLAT in fields:
         copy.__dict__[_FLAT] = _flat_weights(copy)
+    made.append(_Copy(module, copy, replaced))
     return copy
+
+
+def _told(module: nn.Module, hook: Callable) -> Callable:
+    def told(copy: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return hook(module, *args, **kwargs)
+
+    return told
 
 
 def masked_below(module: nn.Module, owners: tuple[str, ...]) -> dict[str, Tensor]:
     """The masked weights of those modules below `module` that are sparsified, by path."""
-    masked = {}
+    masked: dict[str, Tensor] = {}
     for path in owners:
-        owner = get_path(module, path)
-        if hasattr(type(owner), "nmfx_masked"):
-            for name, weight in owner.nmfx_masked().items():
-                masked[f"{path}.{name}"] = weight
+        for host_path, below in hosts_of(path):
+            host = get_path(module, host_path)
+            if not hasattr(type(host), "nmfx_masked"):
+                continue
+            found = {
+                f"{host_path}.{name}": weight
+                for name, weight in host.nmfx_masked().items()
+                if name.startswith(below)
+            }
+            if found:
+                masked |= found
+                break
     return masked
+
+
+def hosts_of(path: str) -> Iterator[tuple[str, str]]:
+    """("a.b", ""), ("a", "b."): the modules that may mask the weights of module `path`."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        yield ".".join(parts[:count]), "".join(f"{part}." for part in parts[count:])
