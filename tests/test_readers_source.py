@@ -302,6 +302,22 @@ class Reads(nn.Module):
         return self.o(self.q(x) + F.linear(x, self.q.weight))
 
 
+def test_methods_about_the_parameter_itself_see_it() -> None:
+    class P(Reads):
+        def ratio(self) -> Tensor:
+            return self.q.weight.grad.norm() / self.q.weight.norm()
+
+        def stop(self) -> float:
+            self.q.weight.requires_grad = False
+            return float(self.q.weight.norm())
+
+    model: Any = nmfx.sparsify(P(), "2:4")
+    model(X).sum().backward()
+    assert model.ratio() == model.q.weight.grad.norm() / model.q.weight.norm()
+    model.stop()
+    assert not model.q.weight.requires_grad
+
+
 def test_hooks_and_attributes_are_those_of_the_module_itself() -> None:
     model: Any = nmfx.sparsify(Reads(), "2:4")
     told = []

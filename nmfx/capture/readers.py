@@ -155,10 +155,10 @@ def _follow(base: type[nn.Module], entry: str, scan: Scan) -> set[str]:
     if any(mentions_weight(function.__code__) for function in functions):
         for function in functions:  # also those that only call the layers
             scan_function(function, own)
-    scan.read |= own.read
     scan.written |= own.written
     scan.called |= own.called
-    if own.read:
+    if own.read and (entry == "forward" or not own.manages):
+        scan.read |= own.read
         scan.entries.add(entry)
     return seen
 

@@ -23,12 +23,15 @@ class Scan:
         written: those that are changed in place.
         called: chains that are called.
         entries: the methods that may be called from outside and lead to a read.
+        manages: whether a gradient of a weight is looked at, or whether it has one is changed: that
+            is about the parameter itself, of which a masked copy knows nothing.
     """
 
     read: set[Chain] = field(default_factory=set)
     written: set[Chain] = field(default_factory=set)
     called: set[Chain] = field(default_factory=set)
     entries: set[str] = field(default_factory=set)
+    manages: bool = False
 
 
 def names_in(code: types.CodeType) -> list[str]:
@@ -237,6 +240,7 @@ class _Visitor:
         elif isinstance(node, ast.Attribute) and "weight" in node.attr:
             chains = frozenset(filter(_is_weight, self._chains(node)))
             below = frozenset(chain for chain in chains if len(chain) > 1)
+            self.scan.manages |= bool(below) and self._manages(node)
             if self._writes(node):
                 self.scan.written |= chains
                 self.scan.read |= below
@@ -244,6 +248,13 @@ class _Visitor:
                 self.scan.read |= below
         elif isinstance(node, ast.Name) and node.id in self.weights and self._writes(node):
             self.scan.written |= self.weights[node.id]
+
+    def _manages(self, node: ast.AST) -> bool:
+        parent = self.parents.get(node)
+        if not isinstance(parent, ast.Attribute):
+            return False
+        stored = parent.attr == "requires_grad" and isinstance(parent.ctx, ast.Store)
+        return stored or parent.attr in ("grad", "requires_grad_")
 
     def _only_metadata(self, node: ast.AST) -> bool:
         parent = self.parents.get(node)
