@@ -181,9 +181,11 @@ def _check_rules(model: nn.Module, candidates: list[Candidate], rules: list[Rule
     layers = {candidate.module_name for candidate in candidates}
     for rule in rules:
         if not any(rule.matches(name) for name in names):
+            wrapped = "_orig_mod" in model._modules
             raise NMError(
                 f"rule {rule.glob!r} matches no module of {type(model).__name__}; "
-                f"print(nmfx.report(model)) lists the layers"
+                + ("torch.compile puts '_orig_mod.' before all names; " if wrapped else "")
+                + "print(nmfx.report(model)) lists the layers"
             )
         # None for a container would silently leave out nothing; for an embedding, say, it is true.
         below = any(name.startswith(f"{rule.glob}." if rule.glob else "") for name in layers)

@@ -498,3 +498,9 @@ def test_none_for_a_container_is_refused_because_it_would_leave_out_nothing() ->
     )
     nmfx.sparsify(model, {"table": None, "*": "2:4"})  # nothing below it: what it says is true
     assert [row.state for row in nmfx.report(model)] == ["sparse"]
+
+
+def test_rules_for_a_compiled_model_are_told_of_its_prefix() -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(nmfx.NMError, match=r"torch.compile puts '_orig_mod.' before all names"):
+        nmfx.sparsify(model, {"0": "2:4"})
