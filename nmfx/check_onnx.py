@@ -144,6 +144,9 @@ def check_onnx(
     Reference: "Sparsity" in TensorRT's developer guide.
     """
     pattern = Pattern.parse(pattern)
+    for name, globs in (("only", only), ("skip", skip)):
+        if isinstance(globs, str):
+            raise NMError(f"{name}={globs!r} is one text; write a list of globs: [{globs!r}]")
     used: set[str] = set()
     layers = []
     for graph in read_graphs(path):

@@ -23,11 +23,12 @@ from .capture.site import (
     marks_of,
     stored_names,
 )
-from .capture.take_over import recompose, take_over
+from .capture.take_over import decomposed_names, exported_nodes, recompose, take_over
 from .capture.tied import admit_tied
 from .errors import NMError
 from .pattern import Pattern
-from .policy import Decision, Rules, check_lambda, decide, parse_rules
+from .policy import Decision, Rule, Rules, check_lambda, decide, parse_rules
+from .storage.snapshot import Snapshot
 
 # The default of the SR-STE paper. Reference: arXiv 2102.04010.
 DEFAULT_LAMBDA_W = 2e-4
@@ -69,7 +70,20 @@ def sparsify(
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
     parsed = parse_rules(rules)
-    recompose(taken_over(model))
+    # Taking exported graphs over changes them, before it is known whether the rules hold.
+    exported = exported_nodes(model) or decomposed_names(model)
+    snapshot = Snapshot(model) if exported else None
+    try:
+        recompose(taken_over(model))
+        _sparsify(model, parsed, lambda_w, tied)
+    except BaseException:  # Ctrl-C too
+        if snapshot is not None:
+            snapshot.restore()
+        raise
+    return model
+
+
+def _sparsify(model: nn.Module, parsed: list[Rule], lambda_w: float, tied: bool) -> None:
     candidates = find_candidates(model)
     if tied:
         candidates = admit_tied(model, candidates)
@@ -88,7 +102,6 @@ def sparsify(
         ],
     )
     _note_reasons(decisions)
-    return model
 
 
 def taken_over(model: nn.Module, inplace: bool = True) -> nn.Module:

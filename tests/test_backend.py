@@ -6,7 +6,10 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, fx, nn
 from zoo import build, call, outputs
 
 import nmfx
+from nmfx.capture import program
 from nmfx.mask import nm_project
 from nmfx.ops.conv_nm import conv_nm
 from nmfx.ops.linear_nm import linear_nm
@@ -235,6 +239,28 @@ def test_weights_that_change_are_packed_again() -> None:
     model.fc.weight = nn.Parameter(nm_project(torch.randn(24, 16), "2:4"))
     assert_equal(fast, model)
     assert len(inner.packed()) == 3 * len(inner.graphs)
+
+
+def test_threads_wait_until_a_changed_weight_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned()
+    fast = compiled(model, Inner())
+    assert_equal(fast, model)
+    started, pack = threading.Event(), program.pack_weight
+
+    def slowly(*args: Any) -> Any:
+        started.set()
+        time.sleep(0.3)
+        return pack(*args)
+
+    monkeypatch.setattr(program, "pack_weight", slowly)
+    with torch.no_grad():
+        model.fc.weight.mul_(3)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(assert_equal, fast, model)
+        started.wait(60)
+        second = pool.submit(assert_equal, fast, model)
+        first.result()
+        second.result()
 
 
 def test_weights_that_lose_their_pattern_run_dense_until_they_have_it_again() -> None:

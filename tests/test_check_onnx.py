@@ -443,3 +443,24 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     path.write_bytes(b"nothing")
     assert "is no ONNX model" in run(capsys, "check", path, "--pattern", "2:4", status=2)
+
+
+def test_deep_graphs_and_constants_used_twice(tmp_path: Path) -> None:
+    """As deep as networks are: Python's stack is not."""
+    names = ["x", *(f"a{i}" for i in range(3000))]
+    nodes = [helper.make_node("Relu", [one], [two]) for one, two in itertools.pairwise(names)]
+    twice = ["v", *(f"c{i}" for i in range(20)), "w"]
+    nodes += [helper.make_node("Add", [one] * 2, [two]) for one, two in itertools.pairwise(twice)]
+    nodes.append(helper.make_node("MatMul", [names[-1], "w"], ["y"]))
+    path = save(tmp_path / "deep.onnx", nodes, {"v": pruned((8, 12), 0)})
+    assert one(path).state == "satisfied"
+
+
+def test_globs_in_one_text_are_refused(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"w": pruned((8, 12), 0)},
+    )
+    with pytest.raises(nmfx.NMError, match=r"only='fc\*' is one text; write a list of globs"):
+        nmfx.check_onnx(path, "2:4", only="fc*")

@@ -228,6 +228,20 @@ def test_a_mask_before_something_else_is_refused_and_nothing_changes() -> None:
         assert gm.code == code
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_rules_that_do_not_hold_leave_an_exported_graph_as_it_was(decomposed: bool) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if not decomposed:
+        nmfx.sparsify(model, {"0": "2:4"})
+    program = torch.export.export(model, X)
+    gm = (program.run_decompositions() if decomposed else program).module()
+    code, modules, state = gm.code, list(gm._modules), list(gm.state_dict())
+    with pytest.raises(nmfx.NMError, match="matches no module"):
+        nmfx.sparsify(gm, {"nosuch": "2:4"})
+    assert (gm.code, list(gm._modules), list(gm.state_dict())) == (code, modules, state)
+    nmfx.sparsify(gm, {"2": "2:4"})
+
+
 def test_norms_and_activations_of_an_exported_graph_are_joined() -> None:
     norm = nn.BatchNorm2d(8)
     norm.running_var.uniform_(0.5, 2.0)

@@ -62,17 +62,20 @@ class PackedWeight:
 
     @torch.no_grad()
     def pack_again(self, args: Sequence[Any]) -> None:
-        """Packs what the graph is called with now; `good` says whether it is still N:M."""
+        """Packs what the graph is called with now; `good` says whether it is still N:M.
+
+        Other threads take it for current from the moment it remembers the weight, so that is last.
+        """
         weight = self._weight(args)
-        self._remember(weight)
         try:
             values, index = pack_weight(weight, *self._constants)
         except NMError:
             self.good = False
-            return
-        self.values.copy_(values)  # in place: compiled code may have taken the address
-        self.index.copy_(index)
-        self.good, self.times = True, self.times + 1
+        else:
+            self.values.copy_(values)  # in place: compiled code may have taken the address
+            self.index.copy_(index)
+            self.good, self.times = True, self.times + 1
+        self._remember(weight)
 
     def remark(self) -> str:
         """What became of it since, for the report; "" if nothing."""

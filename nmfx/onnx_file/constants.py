@@ -43,9 +43,13 @@ class Constants:
         outer: Constants | None = None,
     ) -> None:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
-        self._producers = {name: node for node in graph.node for name in node.output if name}
+        self._nodes = list(graph.node)  # in the order in which they can be computed
+        self._producers = {name: node for node in self._nodes for name in node.output if name}
         self._folder, self._opsets, self._outer = folder, dict(opsets), outer
-        self._known: dict[str, bool] = {}
+        self._known = set(self._initializers)
+        for node in self._nodes:
+            if self._is_constant(node):
+                self._known.update(node.output)
 
     def inside(self, graph: Any) -> Constants:
         """The constants of a graph inside this one."""
@@ -53,17 +57,11 @@ class Constants:
 
     def holds(self, name: str) -> bool:
         """Whether a name is known ahead."""
-        if name not in self._known:
-            self._known[name] = False  # of a cycle, which no valid graph has
-            self._known[name] = self._look(name)
-        return self._known[name]
+        if name in self._known or name in self._producers:
+            return name in self._known
+        return self._outer is not None and self._outer.holds(name)
 
-    def _look(self, name: str) -> bool:
-        if name in self._initializers:
-            return True
-        node = self._producers.get(name)
-        if node is None:
-            return self._outer is not None and self._outer.holds(name)
+    def _is_constant(self, node: Any) -> bool:
         inputs = [one for one in node.input if one]
         if not inputs:
             return bool(node.op_type == "Constant")
@@ -81,14 +79,31 @@ class Constants:
             NMError: external data that is not there or damaged.
             Unreadable: an operator of which onnx has no reference implementation.
         """
+        needed, waiting = set[str](), [name]
+        while waiting:
+            one = waiting.pop()
+            if one not in needed:
+                needed.add(one)
+                computed = one in self._producers and one not in self._initializers
+                waiting += [its for its in self._producers[one].input if its] if computed else []
+        found = {
+            one: self._given(one)
+            for one in needed
+            if one in self._initializers or one not in self._producers
+        }
+        for node in self._nodes:
+            if needed.isdisjoint(node.output) or not found.keys().isdisjoint(node.output):
+                continue
+            given = {one: found[one] for one in node.input if one}
+            found |= zip(node.output, self._compute(node, given), strict=True)
+        return found[name]
+
+    def _given(self, name: str) -> np.ndarray:
+        """What the graph does not compute itself."""
         if name in self._initializers:
             return self._read(self._initializers[name])
-        node = self._producers.get(name)
-        if node is None:
-            assert self._outer is not None
-            return self._outer.array(name)
-        given = {one: self.array(one) for one in node.input if one}
-        return self._compute(node, given)[list(node.output).index(name)]
+        assert self._outer is not None
+        return self._outer.array(name)
 
     def _read(self, tensor: Any) -> np.ndarray:
         onnx = importlib.import_module("onnx")
