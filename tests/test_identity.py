@@ -16,7 +16,7 @@ import pytest
 import torch
 from masked_reference import mask_, nm_mask, sites
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 import nmfx
@@ -521,3 +521,53 @@ def test_verbs_refuse_a_class_that_somebody_else_changed(net: nn.Module, verb: A
     parametrize.remove_parametrizations(net.fc, "weight")
     nmfx.unsparsify(net)
     assert type(net.fc) is nn.Linear
+
+
+COMPUTED = {
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "prune": (
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        lambda layer: prune.remove(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("what", COMPUTED)
+def test_verbs_refuse_a_weight_that_is_computed_since(
+    net: nn.Module, what: str, tmp_path: Path
+) -> None:
+    """Else `fold` would write to what the next forward computes anew."""
+    put, take = COMPUTED[what]
+    put(net.fc)
+    net.eval()
+    before, states = net(X), [(type(m), sorted(m.__dict__)) for m in net.modules()]
+    verbs = {
+        "fold": nmfx.fold,
+        "fold in place": lambda net: nmfx.fold(net, inplace=True),
+        "lower": lambda net: nmfx.lower(net, tune=False),
+        "save": lambda net: nmfx.save(net, tmp_path / "model.safetensors"),
+        "unsparsify": nmfx.unsparsify,
+        "freeze": nmfx.freeze,
+    }
+    for name, verb in verbs.items():
+        with pytest.raises(nmfx.NMError) as error:
+            verb(net)
+        text = str(error.value)
+        start = "fc.weight: since it was sparsified, its weight is computed by torch.nn.utils."
+        assert text.startswith(start + what), (name, text)
+    assert {row.fqn: row.reason for row in nmfx.report(net)}["fc.weight"] in text
+    assert [(type(m), sorted(m.__dict__)) for m in net.modules()] == states
+    assert torch.equal(net(X), before)
+    assert not list(tmp_path.iterdir())
+    take(net.fc)
+    wanted = net(X)
+    assert torch.equal(nmfx.fold(net)(X), wanted)
+
+
+def test_verbs_refuse_a_layer_whose_weight_is_gone() -> None:
+    attention = nmfx.sparsify(nn.MultiheadAttention(8, 2), {"out_proj": "2:4"})
+    attention.out_proj = nn.Identity()
+    with pytest.raises(nmfx.NMError, match=r"^out_proj\.weight: its weight is gone since it was"):
+        nmfx.unsparsify(attention)
