@@ -38,6 +38,7 @@ from .capture.refs import iter_sites
 from .capture.sharding import refuse_sharded
 from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, stored_names
 from .capture.take_over import recompose
+from .capture.tied import refuse_tied_since
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -143,6 +144,7 @@ def lower(
         check_cuda_graph(model, calls, tune)
     refuse_sharded(model, "lower")
     check_classes(model)
+    refuse_tied_since(model)
     given, model = model, taken_over(model, inplace)
     model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made
