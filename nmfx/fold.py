@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from .capture.copied import copied
 from .capture.install import check_classes
 from .capture.refs import SiteRef, iter_sites, sites_of
 from .capture.sharding import refuse_copy, reshard
@@ -50,7 +49,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         NMError: no sparsified or lowered layer; one that is on the meta device; one that cuSPARSELt
             compressed, away from its GPU; a part of a lowered model, whose activations are in
-            another part; a copy of a model that `fully_shard` works on; a weight that was tied to
+            another part; a copy of a model that `fully_shard` works on, or of a
+            layer that copies itself as a dense one; a weight that was tied to
             an unmasked one, or is computed, since it was sparsified. Nothing is changed then.
     """
     if isinstance(model, nn.Module):
@@ -67,7 +67,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for ref in iter_sites(model):
         if not ref.site.lowered and ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model, "fold")
     snapshot, begun = Snapshot(model), list[str]()
     try:
         make_dense(model)

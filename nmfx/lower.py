@@ -16,7 +16,6 @@ folded by then stay folded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +31,7 @@ from .calls import (
     run_calls,
     undisturbed,
 )
+from .capture.copied import copied
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
 from .capture.refs import iter_sites
@@ -148,7 +148,7 @@ def lower(
     given, model = model, taken_over(model, inplace)
     model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made
-    model = model if inplace or model is not given else copy.deepcopy(model)
+    model = model if inplace or model is not given else copied(model, "lower")
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {

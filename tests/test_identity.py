@@ -318,6 +318,63 @@ def test_copies_of_an_attached_layer_decay_inside_backward(duplicate: Any) -> No
     assert nmfx.report(layer).rows[0].pattern == nmfx.Pattern(2, 4)
 
 
+class Rebuilt(nn.Linear):
+    """Its copies are new layers, which are dense."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self)(self.in_features, self.out_features)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class Shared(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self
+
+
+class Copied(nn.Linear):
+    """The usual pattern."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+
+@pytest.mark.parametrize("kind", [Rebuilt, Shared])
+def test_fold_and_lower_refuse_a_copy_that_is_none(kind: Any) -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(8, 8), kind(8, 8), nn.Linear(8, 4)), "2:4")
+    x = torch.randn(2, 8)
+    wanted, classes = model(x), [type(m) for m in model.modules()]
+    for name, verb in {"fold": nmfx.fold, "lower": nmfx.lower}.items():
+        with pytest.raises(nmfx.NMError) as error:
+            verb(model)
+        assert str(error.value) == (
+            f"nmfx.{name}: 1.weight is sparse, and the copy of the model has no such copy of it, "
+            f"by the __deepcopy__ of {kind.__name__}; pass inplace=True, or drop that method"
+        )
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(x), wanted)
+    assert torch.equal(nmfx.fold(model, inplace=True)(x), wanted)
+
+
+def test_a_layer_that_copies_itself_item_by_item_folds_and_is_not_attached() -> None:
+    model = nmfx.sparsify(nn.Sequential(Copied(8, 8), nn.Linear(8, 4)), "2:4", lambda_w=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # kept: an attachment is weak
+    nmfx.attach(model, optimizer)
+    twin, x = copy.deepcopy(model), torch.randn(2, 8)
+    assert [row.attached for row in nmfx.report(twin)] == [False, False]
+    assert [c.tolist() for c in controls(twin[0])] == [[0.5, 2.0]]
+    assert [c.tolist() for c in controls(model[0])] == [[0.0, 2.0]]
+    assert [row.attached for row in nmfx.report(model)] == [True, False]
+    nmfx.set_pattern(twin, "1:4")
+    assert nmfx.report(model).rows[0].pattern == nmfx.Pattern(2, 4)
+    assert torch.equal(nmfx.fold(model)(x), model(x))
+    fast = nmfx.lower(nmfx.sparsify(nn.Sequential(Copied(8, 8)), {"0": "1:4"}), tune=False)
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
 _LOADER = """
 import sys, torch
 torch.set_num_threads(1)
