@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from .capture.copied import copied
 from .capture.install import check_classes
 from .capture.refs import SiteRef, iter_sites, sites_of
 from .capture.sharding import refuse_copy, reshard
 from .capture.site import MADE_ON, NOTES, marks_of
+from .capture.tied import refuse_tied_since
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
 from .mask import nm_project
@@ -49,7 +49,9 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         NMError: no sparsified or lowered layer; one that is on the meta device; one that cuSPARSELt
             compressed, away from its GPU; a part of a lowered model, whose activations are in
-            another part; a copy of a model that `fully_shard` works on. Nothing is changed then.
+            another part; a copy of a model that `fully_shard` works on, or of a
+            layer that copies itself as a dense one; a weight that was tied to
+            an unmasked one, or is computed, since it was sparsified. Nothing is changed then.
     """
     if isinstance(model, nn.Module):
         given, model = model, taken_over(model, inplace)
@@ -60,11 +62,12 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         refuse_copy(model, "fold")
     reshard(model)
     check_classes(model)
+    refuse_tied_since(model)
     lowered_sites(model)  # refuse before a copy is made
     for ref in iter_sites(model):
         if not ref.site.lowered and ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model, "fold")
     snapshot, begun = Snapshot(model), list[str]()
     try:
         make_dense(model)

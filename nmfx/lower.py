@@ -16,7 +16,6 @@ folded by then stay folded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,12 +31,14 @@ from .calls import (
     run_calls,
     undisturbed,
 )
+from .capture.copied import copied
 from .capture.install import check_classes, install_guards
 from .capture.lowering import Target, Undo
 from .capture.refs import iter_sites
 from .capture.sharding import refuse_sharded
 from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, stored_names
 from .capture.take_over import recompose
+from .capture.tied import refuse_tied_since
 from .errors import NMError
 from .fold import bake
 from .fusing import Fusing
@@ -143,10 +144,11 @@ def lower(
         check_cuda_graph(model, calls, tune)
     refuse_sharded(model, "lower")
     check_classes(model)
+    refuse_tied_since(model)
     given, model = model, taken_over(model, inplace)
     model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made
-    model = model if inplace or model is not given else copy.deepcopy(model)
+    model = model if inplace or model is not given else copied(model, "lower")
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {

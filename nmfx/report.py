@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .capture.candidates import Candidate, find_candidates, read_around
+from .capture.candidates import Candidate, computed_since, find_candidates, read_around
 from .capture.fsdp import notes_on_rounding
 from .capture.own_weights import own_weights
 from .capture.program import remarks
@@ -321,6 +321,9 @@ def _compiled(candidate: Candidate) -> str:
 def _explanation(candidate: Candidate, reader: str | None) -> str:
     site = candidate.site
     assert site is not None
+    changed = computed_since(candidate.host, site)
+    if changed is not None:
+        return changed
     if candidate.adapted is not None and not site.lowered:
         return candidate.adapted.reason
     if reader is not None and not site.lowered:

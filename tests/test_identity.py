@@ -16,7 +16,7 @@ import pytest
 import torch
 from masked_reference import mask_, nm_mask, sites
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 import nmfx
@@ -318,6 +318,63 @@ def test_copies_of_an_attached_layer_decay_inside_backward(duplicate: Any) -> No
     assert nmfx.report(layer).rows[0].pattern == nmfx.Pattern(2, 4)
 
 
+class Rebuilt(nn.Linear):
+    """Its copies are new layers, which are dense."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self)(self.in_features, self.out_features)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class Shared(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self
+
+
+class Copied(nn.Linear):
+    """The usual pattern."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+
+@pytest.mark.parametrize("kind", [Rebuilt, Shared])
+def test_fold_and_lower_refuse_a_copy_that_is_none(kind: Any) -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(8, 8), kind(8, 8), nn.Linear(8, 4)), "2:4")
+    x = torch.randn(2, 8)
+    wanted, classes = model(x), [type(m) for m in model.modules()]
+    for name, verb in {"fold": nmfx.fold, "lower": nmfx.lower}.items():
+        with pytest.raises(nmfx.NMError) as error:
+            verb(model)
+        assert str(error.value) == (
+            f"nmfx.{name}: 1.weight is sparse, and the copy of the model has no such copy of it, "
+            f"by the __deepcopy__ of {kind.__name__}; pass inplace=True, or drop that method"
+        )
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(x), wanted)
+    assert torch.equal(nmfx.fold(model, inplace=True)(x), wanted)
+
+
+def test_a_layer_that_copies_itself_item_by_item_folds_and_is_not_attached() -> None:
+    model = nmfx.sparsify(nn.Sequential(Copied(8, 8), nn.Linear(8, 4)), "2:4", lambda_w=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # kept: an attachment is weak
+    nmfx.attach(model, optimizer)
+    twin, x = copy.deepcopy(model), torch.randn(2, 8)
+    assert [row.attached for row in nmfx.report(twin)] == [False, False]
+    assert [c.tolist() for c in controls(twin[0])] == [[0.5, 2.0]]
+    assert [c.tolist() for c in controls(model[0])] == [[0.0, 2.0]]
+    assert [row.attached for row in nmfx.report(model)] == [True, False]
+    nmfx.set_pattern(twin, "1:4")
+    assert nmfx.report(model).rows[0].pattern == nmfx.Pattern(2, 4)
+    assert torch.equal(nmfx.fold(model)(x), model(x))
+    fast = nmfx.lower(nmfx.sparsify(nn.Sequential(Copied(8, 8)), {"0": "1:4"}), tune=False)
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
 _LOADER = """
 import sys, torch
 torch.set_num_threads(1)
@@ -521,3 +578,53 @@ def test_verbs_refuse_a_class_that_somebody_else_changed(net: nn.Module, verb: A
     parametrize.remove_parametrizations(net.fc, "weight")
     nmfx.unsparsify(net)
     assert type(net.fc) is nn.Linear
+
+
+COMPUTED = {
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "prune": (
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        lambda layer: prune.remove(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("what", COMPUTED)
+def test_verbs_refuse_a_weight_that_is_computed_since(
+    net: nn.Module, what: str, tmp_path: Path
+) -> None:
+    """Else `fold` would write to what the next forward computes anew."""
+    put, take = COMPUTED[what]
+    put(net.fc)
+    net.eval()
+    before, states = net(X), [(type(m), sorted(m.__dict__)) for m in net.modules()]
+    verbs = {
+        "fold": nmfx.fold,
+        "fold in place": lambda net: nmfx.fold(net, inplace=True),
+        "lower": lambda net: nmfx.lower(net, tune=False),
+        "save": lambda net: nmfx.save(net, tmp_path / "model.safetensors"),
+        "unsparsify": nmfx.unsparsify,
+        "freeze": nmfx.freeze,
+    }
+    for name, verb in verbs.items():
+        with pytest.raises(nmfx.NMError) as error:
+            verb(net)
+        text = str(error.value)
+        start = "fc.weight: since it was sparsified, its weight is computed by torch.nn.utils."
+        assert text.startswith(start + what), (name, text)
+    assert {row.fqn: row.reason for row in nmfx.report(net)}["fc.weight"] in text
+    assert [(type(m), sorted(m.__dict__)) for m in net.modules()] == states
+    assert torch.equal(net(X), before)
+    assert not list(tmp_path.iterdir())
+    take(net.fc)
+    wanted = net(X)
+    assert torch.equal(nmfx.fold(net)(X), wanted)
+
+
+def test_verbs_refuse_a_layer_whose_weight_is_gone() -> None:
+    attention = nmfx.sparsify(nn.MultiheadAttention(8, 2), {"out_proj": "2:4"})
+    attention.out_proj = nn.Identity()
+    with pytest.raises(nmfx.NMError, match=r"^out_proj\.weight: its weight is gone since it was"):
+        nmfx.unsparsify(attention)

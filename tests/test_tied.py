@@ -179,3 +179,47 @@ def test_hugging_face_output_embeddings() -> None:
     assert torch.equal(model(ids).logits, reference(ids).logits)
     assert not nmfx.verify(model, ids)
     assert torch.equal(nmfx.fold(model)(ids).logits, model(ids).logits)
+
+
+class Untied(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out.weight = nn.Parameter(self.out.weight.detach().clone())
+
+
+VERBS = {
+    "fold": nmfx.fold,
+    "fold in place": lambda model: nmfx.fold(model, inplace=True),
+    "lower": lambda model: nmfx.lower(model, tune=False),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_weight_tied_since_is_not_masked_for_the_other(verb: str) -> None:
+    model = nmfx.sparsify(Untied(), RULES)
+    model.out.weight = model.embed.weight
+    wanted, raw = model(IDS), copy.deepcopy(model.state_dict())
+    with pytest.raises(nmfx.NMError) as error:
+        VERBS[verb](model)
+    assert str(error.value) == (
+        "out.weight: it is tied to embed.weight since it was sparsified, which reads it without "
+        "the mask; give each a parameter of its own, or call nmfx.unsparsify, and nmfx.sparsify "
+        "with tied=True to mask both"
+    )
+    assert all(torch.equal(value, raw[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(IDS), wanted)
+    nmfx.sparsify(nmfx.unsparsify(model), RULES, tied=True)
+    assert torch.equal(nmfx.fold(model)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_layers_tied_since_fold_if_they_have_one_pattern(verb: str) -> None:
+    x, model = torch.randn(3, 8), TwoLinears()
+    model.b.weight = nn.Parameter(model.b.weight.detach().clone())
+    nmfx.sparsify(model, {"a": "1:4", "b": "2:4"})
+    model.b.weight = model.a.weight
+    with pytest.raises(nmfx.NMError, match=r"^a\.weight and b\.weight are one tensor since they"):
+        VERBS[verb](model)
+    nmfx.set_pattern(model, "1:4")
+    wanted = model(x)
+    torch.testing.assert_close(VERBS[verb](model)(x), wanted)

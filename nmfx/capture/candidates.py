@@ -336,8 +336,31 @@ def _computed(owner: nn.Module, name: str) -> str:
     for made_of, what, undo in _COMPUTED:
         if hasattr(owner, f"{name}_{made_of}"):
             return f"its weight is computed by {what}; {undo} makes it a parameter again"
-    return "its weight is not a parameter but computed"
+    return _SOMEHOW
 
+
+def computed_since(host: nn.Module, site: Site) -> str | None:
+    """What became of the weight of a site that is no parameter any more; None if it is one.
+
+    `fold` would write to what the next forward computes anew.
+    """
+    path, _, name = site.path.rpartition(".")
+    try:
+        owner = get_path(host, path) if path else host
+    except AttributeError:  # the owner is gone, too
+        owner = nn.Module()
+    if site.lowered or owner._parameters.get(name) is not None:
+        return None
+    weight = getattr(owner, name, None)
+    if not isinstance(weight, Tensor):
+        return "its weight is gone since it was sparsified; give the layer a parameter again"
+    reason = _computed(owner, name)
+    if reason == _SOMEHOW and weight._is_view():  # as FSDP1 shows parts of what it flattened
+        return None
+    return f"since it was sparsified, {reason}"
+
+
+_SOMEHOW = "its weight is not a parameter but computed"
 
 # What torch.nn.utils leaves beside a weight that its hooks compute before every forward.
 _COMPUTED = (

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..ops.sharded import is_sharded
 from .fsdp import follow, follow_all
-from .holder import NMModule, copied_state
+from .holder import NMModule, copied_state, detach_copy
 from .site import SHARDS, SITES, Site
 
 _classes: dict[tuple[Any, ...], type] = {}
@@ -102,6 +102,18 @@ def _blank(base: type) -> Any:
     return object.__new__(type("Restoring", (_Restoring, base), {"nmfx_base": base}))
 
 
+def _own_deepcopy(base: Any) -> Callable:
+    """The `__deepcopy__` that `base` has, whose copies are not attached either."""
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        twin = base.__deepcopy__(self, memo)
+        if twin is not self and is_generated(type(twin)):
+            detach_copy(twin)
+        return twin
+
+    return __deepcopy__
+
+
 def is_generated(cls: type) -> bool:
     """Whether nmfx generated this very class, not one that someone else derived from it."""
     return "nmfx_base" in cls.__dict__ and issubclass(cls, NMHost)
@@ -140,6 +152,8 @@ def generated_class(
                 "forward": forward(),
                 **members,
             }
+            if hasattr(base, "__deepcopy__"):
+                fields["__deepcopy__"] = _own_deepcopy(base)
             name = name or f"NM{base.__name__}"
             found = _classes[full_key] = type(name, (NMHost, base), fields)
         return found

@@ -77,3 +77,16 @@ def copied_state(state: dict[str, Any]) -> dict[str, Any]:
     if sites:
         state[SITES] = sites
     return state
+
+
+def detach_copy(store: nn.Module) -> None:
+    """Does the same to a copy that somebody else's code made of a host, item by item."""
+    fields = store.__dict__
+    fields.pop(SHARDS, None)
+    if SITES in fields:  # it may share them with the original
+        fields[SITES] = [replace(site, attached=None) for site in fields[SITES]]
+    for i, site in enumerate(fields.get(SITES, ())):
+        control = fields.get(control_name(i))
+        if control is not None:
+            new = make_control(site.lambda_w, site.pattern.n, control.device)
+            fields[control_name(i)] = new

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..errors import NMError
+from .candidates import computed_since
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .guards import guard_class, guards
 from .holder import HOLDER, Holder, holder_of
 from .leaf import leaf_class
+from .refs import iter_sites
 from .scoped import scoped_class
 from .sharding import fsdp_modules
 from .site import SITES, Site, add_sites, drop_sites
@@ -36,7 +38,8 @@ def check_classes(model: nn.Module) -> None:
 
     Raises:
         NMError: after it was sparsified, a host's class was replaced (parametrizations, FSDP2), or
-            its forward on the instance (accelerate), which still calls the one of today's class.
+            its forward on the instance (accelerate), which still calls the one of today's class;
+            or its weight is computed before every forward (weight_norm, prune), or gone.
     """
     for fqn, module in model.named_modules():
         if SITES not in module.__dict__ or isinstance(module, Holder):
@@ -51,6 +54,10 @@ def check_classes(model: nn.Module) -> None:
             change = "its forward was replaced on the instance"
         if change is not None:
             raise NMError(f"{fqn or 'model'}: {change} after it was sparsified; {fix}")
+    for ref in iter_sites(model):
+        change = computed_since(ref.host, ref.site)
+        if change is not None:
+            raise NMError(f"{ref.name}: {change}")
 
 
 def refresh(host: nn.Module, store: nn.Module) -> None:

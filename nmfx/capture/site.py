@@ -23,7 +23,7 @@ attributes, in its `meta`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class Site:
     threshold: int = 0
     order: tuple[str, ...] = ()
     requires_grad: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """A copy that is not attached: the hook is that of the optimizer of the original."""
+        return replace(self, attached=None)
 
     @property
     def lowered(self) -> bool:

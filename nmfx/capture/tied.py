@@ -14,8 +14,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..errors import NMError
 from .candidates import Candidate, scoped_candidate, tied_obstacle
 from .own_weights import EMBEDDING
+from .refs import SiteRef, iter_sites
+from .site import get_path, join
 
 
 def admit_tied(model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
@@ -72,3 +75,33 @@ def _obstacle(candidate: Candidate, partners: list[Candidate | None]) -> str | N
         if (partner.dim, partner.reduced) != (candidate.dim, candidate.reduced):
             return f"{start}, which sums over another dimension"
     return None
+
+
+def refuse_tied_since(model: nn.Module) -> None:
+    """Refuses to write masks into weights that were tied after `sparsify`, by hand.
+
+    Raises:
+        NMError: one that a module reads without its mask, or with another pattern.
+    """
+    sites: dict[int, SiteRef] = {}
+    masked: set[tuple[nn.Module, str]] = set()
+    for ref in iter_sites(model):
+        if ref.site.lowered:
+            continue
+        owner, _, path = ref.site.path.rpartition(".")
+        masked.add((get_path(ref.host, owner) if owner else ref.host, path))
+        first = sites.setdefault(id(ref.parameter), ref)
+        if (first.site.pattern, first.site.dim) != (ref.site.pattern, ref.site.dim):
+            raise NMError(
+                f"{first.name} and {ref.name} are one tensor since they were sparsified, with two "
+                f"patterns or dimensions; give each a parameter of its own"
+            )
+    for fqn, module in model.named_modules():
+        for path, parameter in module._parameters.items():
+            tied = sites.get(id(parameter))
+            if tied is not None and (module, path) not in masked:
+                raise NMError(
+                    f"{tied.name}: it is tied to {join(fqn, path)} since it was sparsified, which "
+                    f"reads it without the mask; give each a parameter of its own, or call "
+                    f"nmfx.unsparsify, and nmfx.sparsify with tied=True to mask both"
+                )
