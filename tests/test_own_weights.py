@@ -215,3 +215,47 @@ def test_experts_of_unknown_layout_stay_dense_and_are_listed() -> None:
     row = next(iter(nmfx.report(model)))
     assert (row.fqn, row.kind, row.state) == ("0.up", "experts", "dense")
     assert row.reason == "nmfx does not know which dimension UnknownExperts sums over"
+
+
+class StackedExperts(nn.Module):
+    """Matrices as (experts, in, out), with a bias for each expert."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 8, 8))
+        self.up_bias = nn.Parameter(torch.randn(4, 8, 8))
+        self.shift = nn.Parameter(torch.randn(4, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(4, -1, -1), self.up) + self.shift
+
+
+def test_biases_of_experts_are_no_matrices() -> None:
+    model = nmfx.sparsify(nn.Sequential(StackedExperts()), {"0": "2:4"})
+    assert [row.fqn for row in nmfx.report(model)] == ["0.up"]
+    folded = nmfx.fold(model)[0]
+    assert nmfx.is_nm(folded.up, "2:4", 1)
+    assert folded.shift.count_nonzero() == folded.shift.numel()
+
+
+class Flagged(nn.Conv1d):
+    is_transposed = False
+
+
+class FlaggedLinear(nn.Linear):
+    is_transposed = False
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.scale = nn.Parameter(torch.ones(1, 8, 8))
+
+
+def test_a_conv_with_the_flag_of_experts_is_a_conv() -> None:
+    """Else it would be masked along its kernel."""
+    layers = Flagged(8, 8, 4), nn.Flatten(), FlaggedLinear(), nn.Linear(8, 8)
+    model = nmfx.sparsify(nn.Sequential(*layers), "2:4")
+    rows = [(row.fqn, row.kind, row.state) for row in nmfx.report(model)]
+    assert rows[:2] == [("0.weight", "conv", "sparse"), ("2.weight", "linear", "sparse")]
+    assert nmfx.is_nm(nmfx.fold(model)[0].weight, "2:4", 1)

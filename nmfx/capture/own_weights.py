@@ -57,7 +57,15 @@ _EXPERTS = {
 
 
 def _experts(module: nn.Module) -> list[Own] | None:
-    stacked = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
+    weight = module._parameters.get("weight")
+    linear = isinstance(module, nn.Linear) and weight is not None and weight.ndim == 2
+    if linear or isinstance(module, nn.modules.conv._ConvNd):
+        return None  # a layer of its own kind, whatever attributes a subclass has
+    stacked = [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and p.ndim == 3 and 1 not in p.shape[1:] and "bias" not in name.lower()
+    ]
     if not stacked:
         return None
     transposed = getattr(module, "is_transposed", None)
