@@ -51,7 +51,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             compressed, away from its GPU; a part of a lowered model, whose activations are in
             another part; a copy of a model that `fully_shard` works on, or of a
             layer that copies itself as a dense one; a weight that was tied to
-            an unmasked one, or is computed, since it was sparsified. Nothing is changed then.
+            an unmasked one, replaced or computed since it was sparsified; in place, one that was
+            made under torch.inference_mode. Nothing is changed then.
     """
     if isinstance(model, nn.Module):
         given, model = model, taken_over(model, inplace)
@@ -63,6 +64,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     reshard(model)
     check_classes(model)
     refuse_tied_since(model)
+    check_weights(model, inplace)
     lowered_sites(model)  # refuse before a copy is made
     for ref in iter_sites(model):
         if not ref.site.lowered and ref.parameter.is_meta:
@@ -81,6 +83,30 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             snapshot.restore()
         raise
     return model
+
+
+def check_weights(model: nn.Module, inplace: bool) -> None:
+    """Refuses what `bake` could not write, before it writes anything.
+
+    Raises:
+        NMError: a weight that M does not divide any more, or, `inplace`, an inference tensor.
+    """
+    for ref in iter_sites(model):
+        site = ref.site
+        if site.lowered:
+            continue
+        size = ref.parameter.shape[site.dim]
+        if size % site.pattern.m:
+            raise NMError(
+                f"{ref.name}: it was replaced since it was sparsified, and its dimension "
+                f"{site.dim} of {size} is not a multiple of {site.pattern.m}; give it "
+                f"{site.shape} again"
+            )
+        if inplace and ref.parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise NMError(
+                f"{ref.name}: it was made under torch.inference_mode, so nothing may write to it; "
+                f"leave out inplace=True, or call this under torch.inference_mode too"
+            )
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, sto
 from .capture.take_over import recompose
 from .capture.tied import refuse_tied_since
 from .errors import NMError
-from .fold import bake
+from .fold import bake, check_weights
 from .fusing import Fusing
 from .plan import make_plan
 from .rounding import only_rounding_differs
@@ -145,6 +145,7 @@ def lower(
     refuse_sharded(model, "lower")
     check_classes(model)
     refuse_tied_since(model)
+    check_weights(model, inplace)
     given, model = model, taken_over(model, inplace)
     model = recompose(model, inplace or model is not given)
     make_plan(model)  # refuse before a copy is made

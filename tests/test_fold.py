@@ -251,3 +251,41 @@ def test_partly_sparsified_models_fold_what_is_sparsified() -> None:
         name for name, value in folded.state_dict().items() if not torch.equal(value, raw[name])
     }
     assert changed == {"fc.weight", "conv.weight"}
+
+
+VERBS = {
+    "fold": nmfx.fold,
+    "lower": lambda model, **options: nmfx.lower(model, tune=False, **options),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_replaced_weight_that_m_does_not_divide_is_named(verb: str, inplace: bool) -> None:
+    model = sparse()
+    model.fc.weight = nn.Parameter(torch.randn(8, 6))
+    raw = copy.deepcopy(model.state_dict())
+    with pytest.raises(nmfx.NMError) as error:
+        VERBS[verb](model, inplace=inplace)
+    assert str(error.value) == (
+        "fc.weight: it was replaced since it was sparsified, and its dimension 1 of 6 is not a "
+        "multiple of 4; give it (8, 8) again"
+    )
+    assert all(torch.equal(value, raw[name]) for name, value in model.state_dict().items())
+    assert {row.state for row in nmfx.report(model) if row.pattern} == {"sparse"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_inference_tensors_are_not_written_to(verb: str) -> None:
+    with torch.inference_mode():
+        model = nmfx.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "2:4")
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        wanted = model(x)
+    with pytest.raises(nmfx.NMError, match=r"^0\.weight: it was made under torch\.inference_mode"):
+        VERBS[verb](model, inplace=True)
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted)
+        torch.testing.assert_close(VERBS[verb](model)(x), wanted)
+    with torch.inference_mode():
+        torch.testing.assert_close(VERBS[verb](model, inplace=True)(x), wanted)

@@ -375,6 +375,28 @@ def test_a_layer_that_copies_itself_item_by_item_folds_and_is_not_attached() -> 
     assert torch.equal(copy.deepcopy(fast)(x), fast(x))
 
 
+class ReadsChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.r = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.r(nn.functional.linear(x, self.q.weight) if hasattr(self.q, "weight") else x)
+
+
+@pytest.mark.parametrize("verb", [copy.deepcopy, nmfx.fold, nmfx.unsparsify])
+def test_a_parent_whose_child_was_exchanged_is_copied(verb: Any) -> None:
+    model, x = nmfx.sparsify(ReadsChild(), {"r": "2:4", "*": "2:4"}), torch.randn(2, 8)
+    model.q = nn.Identity()
+    wanted = model(x)
+    twin = verb(model)
+    assert type(twin) is ReadsChild
+    assert "_nmfx_sites" not in twin.__dict__
+    if verb is not nmfx.unsparsify:
+        assert torch.equal(twin(x), wanted)
+        assert torch.equal(nmfx.fold(model, inplace=True)(x), wanted)
+
+
 _LOADER = """
 import sys, torch
 torch.set_num_threads(1)

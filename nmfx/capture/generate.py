@@ -95,7 +95,10 @@ class _Restoring:
         self.__class__ = type(self).nmfx_base  # type: ignore[assignment]
         self.__setstate__(state)
         self.__dict__.update(added)
-        self.__class__ = _class_for(self)  # type: ignore[arg-type]
+        cls = _class_for(self)  # type: ignore[arg-type]
+        self.__class__ = cls
+        if not is_generated(cls):
+            self.__dict__.pop(SITES, None)
 
 
 def _blank(base: type) -> Any:

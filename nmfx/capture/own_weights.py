@@ -57,8 +57,7 @@ _EXPERTS = {
 
 
 def _experts(module: nn.Module) -> list[Own] | None:
-    weight = module._parameters.get("weight")
-    linear = isinstance(module, nn.Linear) and weight is not None and weight.ndim == 2
+    linear = isinstance(module, nn.Linear) and "weight" in _matrices(module)
     if linear or isinstance(module, nn.modules.conv._ConvNd):
         return None  # a layer of its own kind, whatever attributes a subclass has
     stacked = [
