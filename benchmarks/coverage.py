@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --work FOLDER --jobs 2          # hours; resumes where it was
     python benchmarks/coverage.py --work FOLDER --only 'timm/vit*' --stage main
     python benchmarks/coverage.py --work FOLDER --render
+    python benchmarks/coverage.py --work FOLDER --rows benchmarks/results/coverage_<yyyymm>.jsonl
 
 Each model is built with random weights and small sizes, in a process of its own with limits on CPU
 time and memory, and taken through every step (see `sweep/checks.py`); nothing is downloaded. A
@@ -40,6 +41,9 @@ AGAIN = ("all", "not dense", "nmerror", "fail", "silent", "bad")
 def main() -> None:
     args = _arguments()
     workspace.choose_folder(args.work)
+    rows = args.work / "rows.jsonl"
+    if args.rows and not rows.exists():
+        rows.write_bytes(args.rows.read_bytes())
     needed = set(args.library) != {"torch"}
     operators = load_operators(args.work.resolve() / "operators") if needed else "no torchvision"
     if not args.render:
@@ -47,7 +51,7 @@ def main() -> None:
         _preload(args.library, args.stage)
         for stage in args.stage:
             _run(args, stage)
-    write(workspace.rows(args.work / "rows.jsonl"), operators, args.result)
+    write(workspace.rows(rows), operators, args.result)
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stage", choices=list(STAGES), nargs="+", default=list(STAGES))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", choices=AGAIN, help="also those that have a row of this outcome")
+    parser.add_argument("--rows", type=Path, help="go on from the .jsonl beside a result")
     parser.add_argument("--result", type=Path, help="instead of results/coverage_<yyyymm>.md")
     parser.add_argument("--render", action="store_true", help="only write the table")
     parser.add_argument("--seconds", type=int, default=150, help="of CPU, per model and stage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -231,8 +232,13 @@ once those are kept dense. A wrong result that verify does not name counts as si
 
 
 def write(rows: dict[str, Row], operators: str, path: Path | None = None) -> None:
-    """Writes a file, results/coverage_<yyyymm>.md by default, and prints the summary."""
+    """Writes a file, results/coverage_<yyyymm>.md by default, and prints the summary.
+
+    Beside it goes a .jsonl with all that is known of each model.
+    """
     path = path or RESULTS / f"coverage_{datetime.date.today():%Y%m}.md"
     path.write_text(render(rows, operators), encoding="utf-8")
+    lines = [json.dumps(rows[key]) + "\n" for key in sorted(rows)]
+    path.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
     print(summary(rows.values()))
     print(f"written: {path.name}")
