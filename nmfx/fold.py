@@ -17,7 +17,7 @@ from .mask import nm_project
 from .ops.keep import keep
 from .ops.sharded import is_sharded, on_parts
 from .schedule import site_mask
-from .sparsify import restore, taken_over
+from .sparsify import restore, taken_over, unchanged_if_refused
 from .storage.snapshot import Snapshot
 
 
@@ -54,21 +54,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             an unmasked one, replaced or computed since it was sparsified; in place, one that was
             made under torch.inference_mode. Nothing is changed then.
     """
-    if isinstance(model, nn.Module):
-        given, model = model, taken_over(model, inplace)
-        inplace |= model is not given
-    if not isinstance(model, nn.Module) or not any(iter_sites(model)):
-        sites_of(model, "fold")  # tells what is wrong
-    if not inplace:
-        refuse_copy(model, "fold")
-    reshard(model)
-    check_classes(model)
-    refuse_tied_since(model)
-    check_weights(model, inplace)
-    lowered_sites(model)  # refuse before a copy is made
-    for ref in iter_sites(model):
-        if not ref.site.lowered and ref.parameter.is_meta:
-            raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
+    with unchanged_if_refused(model):
+        model, inplace = _ready(model, inplace)
     model = model if inplace else copied(model, "fold")
     snapshot, begun = Snapshot(model), list[str]()
     try:
@@ -107,6 +94,26 @@ def check_weights(model: nn.Module, inplace: bool) -> None:
                 f"{ref.name}: it was made under torch.inference_mode, so nothing may write to it; "
                 f"leave out inplace=True, or call this under torch.inference_mode too"
             )
+
+
+def _ready(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
+    """The model to be folded, with nothing against it, and whether that one may be changed."""
+    if isinstance(model, nn.Module):
+        given, model = model, taken_over(model, inplace)
+        inplace |= model is not given
+    if not isinstance(model, nn.Module) or not any(iter_sites(model)):
+        sites_of(model, "fold")  # tells what is wrong
+    if not inplace:
+        refuse_copy(model, "fold")
+    reshard(model)
+    check_classes(model)
+    refuse_tied_since(model)
+    check_weights(model, inplace)
+    lowered_sites(model)  # refuse before a copy is made
+    for ref in iter_sites(model):
+        if not ref.site.lowered and ref.parameter.is_meta:
+            raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
+    return model, inplace
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ from .fold import bake, check_weights
 from .fusing import Fusing
 from .plan import make_plan
 from .rounding import only_rounding_differs
-from .sparsify import taken_over
+from .sparsify import taken_over, unchanged_if_refused
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
 from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
@@ -146,9 +146,10 @@ def lower(
     check_classes(model)
     refuse_tied_since(model)
     check_weights(model, inplace)
-    given, model = model, taken_over(model, inplace)
-    model = recompose(model, inplace or model is not given)
-    make_plan(model)  # refuse before a copy is made
+    with unchanged_if_refused(model):
+        given, model = model, taken_over(model, inplace)
+        model = recompose(model, inplace or model is not given)
+        make_plan(model)  # refuse before a copy is made
     model = model if inplace or model is not given else copied(model, "lower")
     plan = make_plan(model)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
@@ -70,16 +72,9 @@ def sparsify(
     _check_model(model)
     lambda_w = check_lambda(lambda_w)
     parsed = parse_rules(rules)
-    # Taking exported graphs over changes them, before it is known whether the rules hold.
-    exported = exported_nodes(model) or decomposed_names(model)
-    snapshot = Snapshot(model) if exported else None
-    try:
+    with unchanged_if_refused(model):
         recompose(taken_over(model))
         _sparsify(model, parsed, lambda_w, tied)
-    except BaseException:  # Ctrl-C too
-        if snapshot is not None:
-            snapshot.restore()
-        raise
     return model
 
 
@@ -102,6 +97,23 @@ def _sparsify(model: nn.Module, parsed: list[Rule], lambda_w: float, tied: bool)
         ],
     )
     _note_reasons(decisions)
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
+    """Undoes on an error what taking over the exported graphs of a model changed.
+
+    It is done before anything is known of what the caller asks. Without such graphs nothing is.
+    """
+    module = isinstance(model, nn.Module)
+    exported = module and (exported_nodes(model) or decomposed_names(model))
+    snapshot = Snapshot(model) if exported else None
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        if snapshot is not None:
+            snapshot.restore()
+        raise
 
 
 def taken_over(model: nn.Module, inplace: bool = True) -> nn.Module:

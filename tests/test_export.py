@@ -236,9 +236,14 @@ def test_rules_that_do_not_hold_leave_an_exported_graph_as_it_was(decomposed: bo
     program = torch.export.export(model, X)
     gm = (program.run_decompositions() if decomposed else program).module()
     code, modules, state = gm.code, list(gm._modules), list(gm.state_dict())
-    with pytest.raises(nmfx.NMError, match="matches no module"):
-        nmfx.sparsify(gm, {"nosuch": "2:4"})
-    assert (gm.code, list(gm._modules), list(gm.state_dict())) == (code, modules, state)
+    verbs: list[tuple[str, Callable[[Any], Any]]] = [
+        ("matches no module", lambda gm: nmfx.sparsify(gm, {"nosuch": "2:4"})),
+        ("is N:M sparse", lambda gm: nmfx.lower(gm, inplace=True)),
+    ]
+    for text, verb in verbs[: 1 + decomposed]:
+        with pytest.raises(nmfx.NMError, match=text):
+            verb(gm)
+        assert (gm.code, list(gm._modules), list(gm.state_dict())) == (code, modules, state)
     nmfx.sparsify(gm, {"2": "2:4"})
 
 
