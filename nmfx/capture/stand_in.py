@@ -37,7 +37,11 @@ def run_with(
             return method(module, *args, **kwargs)
     made: list[_Copy] = []
     stand_in = _with_weights(module, weights, made)
-    handed = [(path, tensor, _version(tensor)) for path, tensor in weights.items()]
+    handed = [
+        (path, tensor, _version(tensor))
+        for path, tensor in weights.items()
+        if isinstance(tensor, Tensor)  # or a proxy, while torch.fx traces
+    ]
     try:
         result = method(stand_in, *args, **kwargs)
     finally:
