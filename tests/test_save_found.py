@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +203,15 @@ def test_a_layer_with_a_buffer_of_the_name_of_ours_stays_dense() -> None:
     (row,) = nmfx.report(lowered)
     assert row.state == "dense"
     assert "weight_values of its own" in row.reason
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(8, 8)), {"?*": "2:4"})
+    (path,) = nmfx.save(model, tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("unable to mmap 12 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("safetensors.safe_open", full)
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        nmfx.load(path, into=nn.Sequential(nn.Linear(8, 8)))

@@ -152,4 +152,6 @@ def _damaged(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if "Cannot allocate memory" in str(error):  # the file may be whole
+            raise MemoryError(f"{path}: {error}") from error
         raise NMError(f"{path}: not a whole safetensors file ({error})") from error
