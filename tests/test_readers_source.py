@@ -116,6 +116,17 @@ class Chosen(Parent):
         return self.used(x @ one.weight)
 
 
+class Itself(Parent):
+    reads = ("q",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (x, self.q)
+        state = (state[0], state[1])
+        for number in (0, 1):
+            x = x + number * state[0]
+        return self.used(x @ self.q.weight)
+
+
 class OfAttention(nn.Module):
     """The weight belongs to a child of the module that masks it."""
 
@@ -152,7 +163,7 @@ class Nested(nn.Module):
 
 
 READERS: list[Any] = [
-    Pairs, Display, Group, Enumerated, Zipped, Sliced, Values, Items, Annotated, Chosen,
+    Pairs, Display, Group, Enumerated, Zipped, Sliced, Values, Items, Annotated, Chosen, Itself,
     OfAttention, Nested,
 ]  # fmt: skip
 

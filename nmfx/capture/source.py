@@ -189,7 +189,11 @@ class _Visitor:
     def _items(self, value: ast.expr) -> Chains:
         """What an element of `value` can be."""
         if isinstance(value, ast.Name) and value.id in self.groups:
-            return frozenset().union(*map(self._chains, self.groups[value.id]))
+            group = self.groups.pop(value.id)  # `state = (state[0], new)` names itself
+            try:
+                return frozenset().union(*map(self._chains, group))
+            finally:
+                self.groups[value.id] = group
         if isinstance(value, (ast.Tuple, ast.List, ast.Set)):
             return frozenset().union(*map(self._chains, value.elts))
         if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice):
