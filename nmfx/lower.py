@@ -70,6 +70,7 @@ _UNSTEADY = (
     "the outputs differ from the folded model's by {:.1e} (relative norm), for rounding alone: it "
     "decides between equals here (routing, top-k, sorting). Every product by itself is right"
 )
+_COPY_OF_TIED = "{}, which it is tied to, keeps a dense copy"
 _NOT_LINEAR = "one copy: only linear layers that are traced hold two forms"
 
 
@@ -167,7 +168,7 @@ def lower(
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
             dense_ms = whole_ms(model, calls, cuda_graph) if tune and targets else None
             fusing.fold_norms(targets)
-            undo = Undo(targets)
+            undo = Undo(model, targets)
             job = _Job(model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph)
             notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
@@ -305,10 +306,18 @@ def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) 
     state = ["folded"] if choice is not None and choice.name == DENSE else []
     if job.keep is not None and target.candidate.kind == "conv":
         state.append(_NOT_LINEAR)
+    if not _is_dense(job.model, target.candidate.name):
+        others = [name for name in target.candidate.tied if _is_dense(job.model, name)]
+        state += map(_COPY_OF_TIED.format, others)
     texts = [reason, *state, *job.fusing.remarks(target)]
     fields.setdefault(SKIPPED, {})[path] = "; ".join(text for text in texts if text)
     if choice is not None and choice.rows:
         fields.setdefault(MEASURED, {})[path] = (choice.rows, choice.ms_dense, choice.ms)
+
+
+def _is_dense(model: nn.Module, name: str) -> bool:
+    owner, _, key = name.rpartition(".")
+    return key in model.get_submodule(owner)._parameters
 
 
 def _check(job: _Job) -> list[str]:

@@ -11,7 +11,7 @@ from .capture.forms import compressed_names, packed_names
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
 from .capture.refs import SiteRef, iter_sites
-from .capture.site import SKIPPED, get_path, marks_of
+from .capture.site import SKIPPED, get_path, marks_of, place_of
 from .errors import NMError
 from .graph.rewrite import can_pack
 from .packing import detect_pattern, makes_smaller
@@ -101,8 +101,7 @@ def obstacle_to_packing(candidate: Candidate, pattern: Pattern, weight: Tensor) 
         return f"{dims}{candidate.kind} has no packed kernel yet"
     if candidate.capture == "scoped":
         return "its weight is not read by a traced linear"
-    owner, _, name = candidate.path.rpartition(".")
-    module = get_path(candidate.host, owner) if owner else candidate.host
+    module, name = place_of(candidate.host, candidate.path)
     taken = [key for key in (*packed_names(name), *compressed_names(name)) if hasattr(module, key)]
     if taken:
         return f"it has an attribute {taken[0]} of its own"

@@ -23,7 +23,8 @@ from .capture.candidates import Candidate, computed_since, find_candidates, read
 from .capture.fsdp import notes_on_rounding
 from .capture.own_weights import own_weights
 from .capture.program import remarks
-from .capture.site import COPY, MADE_ON, MEASURED, NOTES, SKIPPED, get_path, marks_of, stored_names
+from .capture.refs import weight_or_none
+from .capture.site import COPY, MADE_ON, MEASURED, NOTES, SKIPPED, marks_of, place_of, stored_names
 from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
@@ -263,9 +264,10 @@ def _moved(model: nn.Module) -> Iterator[str]:
 
 def _plain_masks(candidates: list[Candidate]) -> list[str]:
     reasons = Counter(
-        why_plain(get_path(candidate.host, candidate.path), candidate.site.pattern.m)
+        why_plain(weight, candidate.site.pattern.m)
         for candidate in candidates
         if candidate.site is not None and candidate.site.state == "sparse"
+        if (weight := weight_or_none(candidate.host, candidate.path)) is not None
     )
     return [
         f"masks come from plain torch, many times slower than a kernel (layers: {count}): {reason}"
@@ -312,8 +314,7 @@ def _row(candidate: Candidate, reader: str | None) -> Row:
 
 def _compiled(candidate: Candidate) -> str:
     """What `nmfx.backend` made of a dense weight, if it was compiled with that."""
-    owner, _, name = candidate.path.rpartition(".")
-    module = get_path(candidate.host, owner) if owner else candidate.host
+    module, name = place_of(candidate.host, candidate.path)
     weight = module._parameters.get(name)
     return "" if weight is None else remarks(weight)
 
@@ -344,11 +345,8 @@ def _itemsize(candidate: Candidate) -> int:
         if candidate.site.dtype is not None:
             return candidate.site.dtype.itemsize
         path = stored_names(candidate.site)[0]
-    try:
-        tensor = get_path(candidate.host, path)
-    except AttributeError:
-        return 0
-    return tensor.dtype.itemsize if isinstance(tensor, torch.Tensor) else 0
+    tensor = weight_or_none(candidate.host, path)
+    return 0 if tensor is None else tensor.dtype.itemsize
 
 
 def _stored_bytes(candidate: Candidate, dense: int) -> int:
@@ -356,8 +354,8 @@ def _stored_bytes(candidate: Candidate, dense: int) -> int:
     if candidate.site.state == "prepacked":
         copies = candidate.host.__dict__[COPY].count
         return (1 + max(1, copies)) * dense  # the first is made by the first call
-    tensors = [get_path(candidate.host, name) for name in stored_names(candidate.site)]
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+    tensors = [weight_or_none(candidate.host, name) for name in stored_names(candidate.site)]
+    return sum(one.numel() * one.dtype.itemsize for one in tensors if one is not None)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

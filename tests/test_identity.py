@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -645,8 +646,46 @@ def test_verbs_refuse_a_weight_that_is_computed_since(
     assert torch.equal(nmfx.fold(net)(X), wanted)
 
 
-def test_verbs_refuse_a_layer_whose_weight_is_gone() -> None:
-    attention = nmfx.sparsify(nn.MultiheadAttention(8, 2), {"out_proj": "2:4"})
+def without_child(attention: nn.Module) -> None:
+    del attention.out_proj
+
+
+def with_another_child(attention: nn.Module) -> None:
     attention.out_proj = nn.Identity()
-    with pytest.raises(nmfx.NMError, match=r"^out_proj\.weight: its weight is gone since it was"):
-        nmfx.unsparsify(attention)
+
+
+def without_weight(attention: nn.Module) -> None:
+    attention.out_proj._parameters["weight"] = None
+
+
+@pytest.mark.parametrize("take", [without_child, with_another_child, without_weight])
+def test_verbs_refuse_a_layer_whose_weight_is_gone(
+    take: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    attention = nmfx.sparsify(nn.MultiheadAttention(8, 2), {"": "2:4", "out_proj": "2:4"})
+    take(attention)
+    verbs: dict[str, Callable[[nn.Module], object]] = {
+        "masks": nmfx.masks,
+        "freeze": nmfx.freeze,
+        "set_pattern": lambda net: nmfx.set_pattern(net, "1:4"),
+        "verify": lambda net: nmfx.verify(net, X, X, X),
+        "fold": nmfx.fold,
+        "lower": lambda net: nmfx.lower(net, tune=False),
+        "save": lambda net: nmfx.save(net, tmp_path / "model.safetensors"),
+        "unsparsify": nmfx.unsparsify,
+    }
+    for name, verb in verbs.items():
+        with pytest.raises(nmfx.NMError) as error:
+            verb(attention)
+        text = "out_proj.weight: its weight is gone since it was sparsified; give the layer a"
+        assert str(error.value).startswith(text), (name, error.value)
+    rows = {row.fqn: row for row in nmfx.report(attention)}
+    assert "is gone" in rows["out_proj.weight"].reason
+    assert rows["in_proj_weight"].state == "sparse"
+
+
+def test_an_attention_without_its_projection_is_reported() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    without_child(attention)
+    rows = {row.fqn: row.reason for row in nmfx.report(attention)}
+    assert rows == {"in_proj_weight": "not sparsified", "out_proj.weight": "it has no weight"}

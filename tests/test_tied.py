@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_timer import PACKED_WINS, PREPACKED_WINS, install
 from masked_reference import nm_mask
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -223,3 +225,62 @@ def test_layers_tied_since_fold_if_they_have_one_pattern(verb: str) -> None:
     nmfx.set_pattern(model, "1:4")
     wanted = model(x)
     torch.testing.assert_close(VERBS[verb](model)(x), wanted)
+
+
+def test_tied_weights_are_one_parameter_again_when_lowering_is_taken_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nmfx.sparsify(Tied(), RULES, tied=True)
+    folded = nmfx.fold(model)
+    fast = nmfx.lower(model, (IDS,), tune=False)
+    reasons = {row.fqn: row.reason for row in nmfx.report(fast)}
+    assert reasons["out.weight"] == "embed.weight, which it is tied to, keeps a dense copy"
+    assert reasons["hidden.weight"] == ""
+    nmfx.save(fast, tmp_path / "fast.safetensors")
+    loaded = nmfx.load(tmp_path / "fast.safetensors", into=Tied())
+    for lowered in (fast, loaded, copy.deepcopy(fast)):
+        again = nmfx.fold(lowered)
+        assert again.out.weight is again.embed.weight
+        assert [n for n, _ in again.named_parameters()] == [n for n, _ in folded.named_parameters()]
+        assert torch.equal(again(IDS), folded(IDS))
+
+
+def test_two_tied_layers_are_one_parameter_again_when_lowering_is_taken_back() -> None:
+    x = torch.randn(3, 8)
+    model = nmfx.sparsify(TwoLinears(), "2:4", tied=True)
+    fast = nmfx.lower(model, (x,), tune=False)
+    assert states(fast) | {"head.weight": ""} == {
+        "a.weight": "packed",
+        "b.weight": "packed",
+        "head.weight": "",
+    }
+    again = nmfx.fold(fast)
+    assert again.a.weight is again.b.weight
+    assert torch.equal(again(x), nmfx.fold(model)(x))
+
+
+def test_a_weight_that_was_changed_since_is_not_tied_again() -> None:
+    fast = nmfx.lower(nmfx.sparsify(Tied(), RULES, tied=True), (IDS,), tune=False)
+    with torch.no_grad():
+        fast.embed.weight[0, 0] += 1.0
+    again = nmfx.fold(fast)
+    assert again.out.weight is not again.embed.weight
+    assert again.embed.weight[0, 0] != again.out.weight[0, 0]
+
+
+def test_tied_weights_stay_one_parameter_where_lowering_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, PACKED_WINS, whole=(4.0, 5.0, 4.1))
+    fast = nmfx.lower(nmfx.sparsify(Tied(), RULES, tied=True), (IDS,))
+    assert "lowered, the whole model is slower than dense" in str(nmfx.report(fast))
+    assert fast.out.weight is fast.embed.weight
+
+
+def test_the_report_says_so_only_where_the_dense_weight_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, PREPACKED_WINS, whole=(4.0, 2.0))
+    fast = nmfx.lower(nmfx.sparsify(Tied(), RULES, tied=True), (IDS,))
+    assert states(fast)["out.weight"] == "prepacked"
+    assert fast.out.weight is fast.embed.weight
+    assert "keeps a dense copy" not in str(nmfx.report(fast))

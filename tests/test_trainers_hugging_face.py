@@ -129,9 +129,17 @@ def planned(freeze_at: int, **more: Any) -> NMCallback:
     return NMCallback("3:4", lambda_w=lambda_of, pattern=pattern_of, freeze_at=freeze_at, **more)
 
 
-def trainer_of(folder: Path, seed: int, *callbacks: TrainerCallback, **changes: Any) -> Trainer:
+def trainer_of(
+    folder: Path,
+    seed: int,
+    *callbacks: TrainerCallback,
+    model: nn.Module | None = None,
+    **changes: Any,
+) -> Trainer:
     settings = arguments(folder, gradient_accumulation_steps=2, **changes)
-    return Trainer(bert(seed), settings, train_dataset=sentences(), callbacks=list(callbacks))
+    return Trainer(
+        model or bert(seed), settings, train_dataset=sentences(), callbacks=list(callbacks)
+    )
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
@@ -204,6 +212,23 @@ def test_what_changes_by_hand_is_resumed_too(tmp_path: Path) -> None:
     assert_identical(everything(whole), everything(resumed))
     layers = nmfx.state_dict(resumed.model)["layers"].values()
     assert {(layer["lambda_w"], layer["state"]) for layer in layers} == {(0.125, "frozen")}
+
+
+def test_masks_are_free_again_when_one_trainer_trains_twice(tmp_path: Path) -> None:
+    callback = planned(4)
+    trainer = trainer_of(tmp_path, 0, callback, max_steps=6)
+    trainer.train()
+    assert {row.state for row in nmfx.report(trainer.model) if row.pattern} == {"frozen"}
+    first = nmfx.masks(trainer.model)
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert {row.state for row in nmfx.report(trainer.model) if row.pattern} == {"sparse"}
+    trainer.args.max_steps = 6
+    trainer.train()
+    assert {row.state for row in nmfx.report(trainer.model) if row.pattern} == {"frozen"}
+    assert nmfx.sad(first, nmfx.masks(trainer.model)).total > 0
+    with pytest.raises(nmfx.NMError, match="is frozen"):  # by hand: not the plan's to undo
+        trainer_of(tmp_path, 0, planned(4), max_steps=6, model=trainer.model).train()
 
 
 def test_a_checkpoint_elsewhere_is_named_and_recognized_by_its_weights(tmp_path: Path) -> None:

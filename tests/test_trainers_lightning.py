@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainers_reference import (
     LAMBDA,
@@ -52,6 +52,8 @@ class Module(lightning.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor], index: int) -> None:
         self.log("loss", self.net(**batch)["loss"])
+
+    validation_step = test_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), LR, momentum=self.momentum)
@@ -282,6 +284,34 @@ def test_a_checkpoint_is_tested_with_its_masks(tmp_path: Path) -> None:
     )
     assert other.test(fresh, loader, ckpt_path=tmp_path / "it.ckpt", verbose=False) == expected
     assert_identical(nmfx.state_dict(module), nmfx.state_dict(fresh))
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_dense_module_is_evaluated_as_it_is(verb: str) -> None:
+    module = Module()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[planned(4)],
+    )
+    getattr(trainer, verb)(module, DataLoader(rows(), 16), verbose=False)
+    assert all(row.state == "dense" for row in nmfx.report(module).rows)
+    assert type(module.net.fc1) is nn.Linear
+    assert_identical(before, dict(module.state_dict()))
+
+
+def test_masks_are_free_again_in_a_second_fit() -> None:
+    module, callback = Module(), planned(4)
+    fit(module, callback, max_steps=6)
+    assert nmfx.report(module).rows[0].state == "frozen"
+    fit(module, callback, max_steps=3)
+    assert nmfx.report(module).rows[0].state == "sparse"
+    assert nmfx.report(module).rows[0].pattern.text == "3:4"
+    fit(module, callback, max_steps=6)
+    assert nmfx.report(module).rows[0].state == "frozen"
 
 
 def test_one_trainer_can_fit_test_and_resume(tmp_path: Path) -> None:

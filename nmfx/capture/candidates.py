@@ -20,7 +20,8 @@ from .holder import Holder, holder_of
 from .leaf import WEIGHT, trace_leaf
 from .own_weights import EMBEDDING, Own, own_weights
 from .readers import Reads, weights_read
-from .site import SITES, Site, get_path, join, stored_names
+from .refs import GONE
+from .site import SITES, Site, get_path, join, place_of, stored_names
 from .tracer import Untraceable
 
 
@@ -74,7 +75,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if module in covered or isinstance(module, Holder):
             continue
         if isinstance(module, nn.MultiheadAttention):
-            covered.add(module.out_proj)
+            covered.update(m for m in [module._modules.get("out_proj")] if m is not None)
         new = _of_module(fqn, module)
         if isinstance(module, fx.GraphModule):
             new += _of_graph(fqn, module)
@@ -225,15 +226,12 @@ def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
 def scoped_candidate(fqn: str, module: nn.Module, own: Own) -> Candidate:
     """A weight that `module` consumes itself."""
     path = own.path
-    owner, _, name = path.rpartition(".")
-    candidate = Candidate(
-        join(fqn, path), join(fqn, owner), module, path, own.kind, capture="scoped"
-    )
+    name = join(fqn, path)
+    candidate = Candidate(name, name.rpartition(".")[0], module, path, own.kind, capture="scoped")
     if _take_site(candidate, module):
         return candidate
-    owner_module = get_path(module, owner) if owner else module
     candidate.obstacle = (
-        own.obstacle or _class_obstacle(module) or _weight_obstacle(owner_module, name)
+        own.obstacle or _class_obstacle(module) or _weight_obstacle(*place_of(module, path))
     )
     if candidate.obstacle is None:
         _measure(candidate, get_path(module, path), own.dim, 1)
@@ -322,7 +320,7 @@ def _class_obstacle(module: nn.Module) -> str | None:
 def _weight_obstacle(owner: nn.Module, name: str) -> str | None:
     weight = owner._parameters.get(name)
     if weight is None:
-        return _computed(owner, name)
+        return _computed(owner, name) if hasattr(owner, name) else "it has no weight"
     return _tensor_obstacle(weight)
 
 
@@ -344,16 +342,12 @@ def computed_since(host: nn.Module, site: Site) -> str | None:
 
     `fold` would write to what the next forward computes anew.
     """
-    path, _, name = site.path.rpartition(".")
-    try:
-        owner = get_path(host, path) if path else host
-    except AttributeError:  # the owner is gone, too
-        owner = nn.Module()
+    owner, name = place_of(host, site.path)
     if site.lowered or owner._parameters.get(name) is not None:
         return None
     weight = getattr(owner, name, None)
     if not isinstance(weight, Tensor):
-        return "its weight is gone since it was sparsified; give the layer a parameter again"
+        return GONE
     reason = _computed(owner, name)
     if reason == _SOMEHOW and weight._is_view():  # as FSDP1 shows parts of what it flattened
         return None

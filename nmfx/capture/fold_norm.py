@@ -28,7 +28,7 @@ from .graph_module import find_graph_uses
 from .leaf import trace_leaf
 from .lowering import Target
 from .neighbours import Neighbour, has_act, is_frozen, left_by
-from .site import FOLDED, get_path, join, marks_of
+from .site import FOLDED, get_path, join, marks_of, place_of
 
 _ROWS = 64  # converted to float64 at a time
 
@@ -191,8 +191,7 @@ class NormFolding:
                 return
             if node.op == "call_module" and path.startswith(f"{node.target}."):
                 return
-        owner_path, _, name = path.rpartition(".")
-        owner = get_path(gm, owner_path) if owner_path else gm
+        owner, name = place_of(gm, path)
         for table in (owner._parameters, owner._buffers):
             if name in table:
                 self._steps.append(functools.partial(_refill, table, dict(table)))

@@ -26,7 +26,7 @@ from ..ops.ordered import round_in_order
 from ..ops.sharded import is_sharded
 from .refs import iter_sites
 from .sharding import fsdp_modules, reshard
-from .site import SHARDS, SITES, Site, control_name, get_path
+from .site import SHARDS, SITES, Site, control_name, place_of
 
 _BEFORE, _AFTER = "fsdp_pre_all_gather", "fsdp_post_all_gather"
 
@@ -178,8 +178,8 @@ def notes_on_rounding(model: nn.Module) -> list[str]:
         return []
     counts: Counter[tuple[torch.dtype, bool]] = Counter()
     for ref in iter_sites(model):
-        owner, _, name = ref.site.path.rpartition(".")
-        shard = known.get((id(get_path(ref.host, owner) if owner else ref.host), name))
+        owner, name = place_of(ref.host, ref.site.path)
+        shard = known.get((id(owner), name))
         if shard is None or ref.site.state != "sparse":
             continue
         local, dtype = shard.sharded_param._local_tensor, shard.mp_policy.param_dtype

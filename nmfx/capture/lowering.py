@@ -31,7 +31,8 @@ from .holder import HOLDER, Holder, holder_of
 from .install import refresh, remove
 from .packed import compress_weight, decompress_weight, pack_weight, unpack_weight
 from .refs import SiteRef
-from .site import COPY, SITES, Site, get_path, stored_names
+from .site import COPY, SITES, Site, get_path, place_of, stored_names
+from .tied import retie
 
 
 @dataclass(eq=False)
@@ -83,6 +84,7 @@ class Target:
             site.reduced,
             site.capture,
             site.groups,
+            tied=site.tied,
             site=site,
         )
         return cls(candidate, site.pattern)
@@ -90,9 +92,7 @@ class Target:
     @property
     def owner(self) -> tuple[nn.Module, str]:
         """(the module that holds the parameter, the parameter's name there)."""
-        path, _, name = self.candidate.path.rpartition(".")
-        host = self.candidate.host
-        return (get_path(host, path) if path else host), name
+        return place_of(self.candidate.host, self.candidate.path)
 
     @property
     def weight(self) -> Tensor:
@@ -191,6 +191,7 @@ class Target:
             threshold=threshold,
             order=tuple(self._order),
             requires_grad=self._requires_grad,
+            tied=c.tied,
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)
@@ -244,8 +245,8 @@ class Target:
 class Undo:
     """Makes targets dense again, from whatever point lowering them was interrupted at."""
 
-    def __init__(self, targets: Iterable[Target]) -> None:
-        self._targets = list(targets)
+    def __init__(self, model: nn.Module, targets: Iterable[Target]) -> None:
+        self._model, self._targets = model, list(targets)
         hosts = dict.fromkeys(target.candidate.host for target in self._targets)
         # Packing replaces nodes of a graph for good.
         self._graphs = {
@@ -255,6 +256,7 @@ class Undo:
     def __call__(self) -> None:
         for target in self._targets:
             target.restore_weight()
+        retie(self._model, {t.candidate.name: t.candidate.tied for t in self._targets})
         for gm, graph in self._graphs.items():
             gm.graph = graph
         for host in dict.fromkeys(target.candidate.host for target in self._targets):

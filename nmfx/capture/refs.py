@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from ..errors import NMError
 from ..ops.sr_ste import make_control
 from .holder import Holder, holder_of
 from .site import SITES, Site, control_name, get_path, join
+
+GONE = "its weight is gone since it was sparsified; give the layer a parameter again"
 
 
 def _is_freed(weight: Tensor) -> bool:
@@ -47,9 +50,12 @@ class SiteRef:
         """The raw, dense weight.
 
         Raises:
-            NMError: FSDP1 holds it in another form, and what is here must not be read.
+            NMError: FSDP1 holds it in another form, and what is here must not be read; or somebody
+                took it away.
         """
-        weight = get_path(self.host, self.site.path)
+        weight = weight_or_none(self.host, self.site.path)
+        if weight is None:
+            raise NMError(f"{self.name}: {GONE}")
         if weight.ndim != len(self.site.shape) or _is_freed(weight):
             raise NMError(
                 f"{self.name}: FullyShardedDataParallel flattened it and took its memory; call "
@@ -67,6 +73,15 @@ class SiteRef:
         site = self.site
         new = make_control(site.lambda_in_backward, site.pattern.n, old.device)
         self.store.__dict__[control_name(self.index)] = new
+
+
+def weight_or_none(host: nn.Module, path: str) -> Any:
+    """The tensor at a path below a host; None where it, or what held it, is gone."""
+    try:
+        weight = get_path(host, path)
+    except AttributeError:
+        return None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def iter_sites(model: nn.Module) -> Iterator[SiteRef]:

@@ -59,6 +59,7 @@ class Site:
         threshold: of a layer in two forms: inputs of up to so many rows use the first; else 0.
         order: of a lowered weight: the parameters of its owner as they stood before, by name.
         requires_grad: of a lowered weight: what the parameter was set to.
+        tied: of a lowered weight: its other names in the whole model, see `tied.retie`.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Site:
     threshold: int = 0
     order: tuple[str, ...] = ()
     requires_grad: bool = True
+    tied: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         """A copy that is not attached: the hook is that of the optimizer of the original."""
@@ -152,6 +154,18 @@ def get_path(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+def place_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """(the module that holds the tensor at a path below a host, its name there).
+
+    A module without anything where the one that held it is gone.
+    """
+    owner, _, name = path.rpartition(".")
+    try:
+        return (get_path(host, owner) if owner else host), name
+    except AttributeError:
+        return nn.Module(), name
 
 
 def join(*names: str) -> str:

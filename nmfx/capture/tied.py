@@ -10,15 +10,17 @@ that share it are masked, or none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from ..errors import NMError
+from ..mask import same_values
 from .candidates import Candidate, scoped_candidate, tied_obstacle
 from .own_weights import EMBEDDING
 from .refs import SiteRef, iter_sites
-from .site import get_path, join
+from .site import join, place_of
 
 
 def admit_tied(model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
@@ -88,8 +90,7 @@ def refuse_tied_since(model: nn.Module) -> None:
     for ref in iter_sites(model):
         if ref.site.lowered:
             continue
-        owner, _, path = ref.site.path.rpartition(".")
-        masked.add((get_path(ref.host, owner) if owner else ref.host, path))
+        masked.add(place_of(ref.host, ref.site.path))
         first = sites.setdefault(id(ref.parameter), ref)
         if (first.site.pattern, first.site.dim) != (ref.site.pattern, ref.site.dim):
             raise NMError(
@@ -105,3 +106,33 @@ def refuse_tied_since(model: nn.Module) -> None:
                     f"reads it without the mask; give each a parameter of its own, or call "
                     f"nmfx.unsparsify, and nmfx.sparsify with tied=True to mask both"
                 )
+
+
+def retie(model: nn.Module, ties: Mapping[str, tuple[str, ...]]) -> None:
+    """Makes weights one parameter again that were one before they were lowered.
+
+    Args:
+        model: the lowered one, its weights dense again.
+        ties: of such weights, by name, the other names that they had. A name that the model does
+            not have (it is a part of the one that was lowered), or whose values are others by now,
+            is passed over.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, others in ties.items():
+        for other in others:
+            (owner, key), (partner, its) = (_place(modules, one) for one in (name, other))
+            mine, parameter = owner.get(key), partner.get(its)
+            if mine is None or parameter is None or mine is parameter:
+                continue
+            kinds = [(one.shape, one.dtype, one.device) for one in (mine, parameter)]
+            if kinds[0] == kinds[1] and same_values(mine.detach(), parameter.detach()):
+                owner[key] = parameter
+                break
+
+
+def _place(
+    modules: Mapping[str, nn.Module], name: str
+) -> tuple[dict[str, nn.Parameter | None], str]:
+    """(the table of parameters that a name is in, its key there)."""
+    fqn, _, key = name.rpartition(".")
+    return (modules[fqn]._parameters if fqn in modules else {}), key

@@ -23,6 +23,7 @@ from .fuse_activation import put_back
 from .lowering import Target
 from .refs import SiteRef, iter_sites
 from .site import get_path, stored_names
+from .tied import retie
 
 
 def lowered_sites(model: nn.Module) -> list[SiteRef]:
@@ -70,3 +71,4 @@ def make_dense(model: nn.Module) -> None:
                 stored = stored_names(site)[0]
                 replace_with_dense(ref.host.graph, stored, site.path, site.kind, site.shape)
             Target.of_site(ref).restore_weight()
+        retie(model, {ref.name: ref.site.tied for ref in refs})

@@ -58,7 +58,8 @@ class NMCallback(TrainerCallback):
         lambda_w: strength of the decay: a number, or a function of the step. None: the model's own,
             or with `rules` the default of `nmfx.sparsify`.
         pattern: function of the step, to a pattern or rules, see `nmfx.set_pattern`.
-        freeze_at: the step at which masks are fixed, before its forward.
+        freeze_at: the step at which masks are fixed, before its forward. When the same callback
+            trains the same model once more, they are free again until then.
         per_layer: also log the numbers of each layer.
         resume_from: the checkpoint that `train(resume_from_checkpoint=...)` is given, if that is
             not one of `output_dir` (the Trainer does not tell its callbacks). False: resume from a
@@ -98,7 +99,7 @@ class NMCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         self._plan.sparsify(model, state.global_step)
-        self._training = Training(model, self._plan)
+        self._training = Training(model, self._plan, after=self._training)
         if state.global_step and self._resume_from is not False:
             self._training.load_state_dict(self._saved_state(args, state, model))
         self._training.attach([kwargs["optimizer"]])

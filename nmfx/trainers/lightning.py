@@ -36,7 +36,8 @@ class NMCallback(Callback):
     clipping, precision and the number of processes do not change it; with automatic and manual
     optimization alike. The module logs "nmfx/density", "nmfx/flips_per_step", "nmfx/lambda_w" and
     the other numbers of `nmfx.Monitor`. Checkpoints hold patterns, lambda, fixed masks and the
-    monitor's state; `fit(..., ckpt_path=...)` goes on bit for bit.
+    monitor's state; `fit(..., ckpt_path=...)` goes on bit for bit. `validate`, `test` and `predict`
+    run a module as it is, or as the checkpoint that they are given says.
 
     Args:
         rules: sparsify the module with these when fitting begins, as `nmfx.sparsify` does, unless
@@ -44,7 +45,8 @@ class NMCallback(Callback):
         lambda_w: strength of the decay: a number, or a function of the step. None: the module's
             own, or with `rules` the default of `nmfx.sparsify`.
         pattern: function of the step, to a pattern or rules, see `nmfx.set_pattern`.
-        freeze_at: the step at which masks are fixed, before its forward.
+        freeze_at: the step at which masks are fixed, before its forward. When the same callback
+            trains the same model once more, they are free again until then.
         every: steps between two measurements; None: the Trainer's `log_every_n_steps`.
         per_layer: also log the numbers of each layer.
 
@@ -68,11 +70,13 @@ class NMCallback(Callback):
     ) -> None:
         self._plan, self._every = Plan(rules, lambda_w, pattern, freeze_at, per_layer), every
         self._training: Training | None = None
+        self._before: Training | None = None
         self._loaded: dict[str, Any] | None = None
         self._step = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Lightning restores callbacks after this, and before there are optimizers.
+        self._before = self._training or self._before
         self._training = self._loaded = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -80,7 +84,8 @@ class NMCallback(Callback):
         training.attach(trainer.optimizers)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._prepared(trainer, pl_module)
+        if self._loaded is not None:  # a checkpoint, with masks of its own
+            self._prepared(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -90,7 +95,7 @@ class NMCallback(Callback):
             # Not the step of a resumed run, which is not known yet: before_step follows.
             self._plan.sparsify(module, 0)
             every = self._every if self._every is not None else max(1, trainer.log_every_n_steps)
-            training = Training(module, self._plan, every)
+            training = Training(module, self._plan, every, after=self._before)
             if self._loaded is not None:
                 training.load_state_dict(self._loaded)
                 self._loaded = None

@@ -18,7 +18,7 @@ from ..attach import Attachment, attach, innermost
 from ..capture.refs import sites_of
 from ..errors import NMError
 from ..monitor import Monitor
-from ..schedule import freeze, set_lambda, set_pattern
+from ..schedule import freeze, set_lambda, set_pattern, unfreeze
 from ..state import load_state_dict, state_dict
 from .plan import Plan
 
@@ -35,13 +35,22 @@ class Training:
         model: sparsified.
         plan: what changes with the steps.
         every: steps between two measurements; None measures only when asked to, by `measure`.
+        after: the training of the same plan before this one, or None. If it fixed the masks of this
+            model, they are free again until this one's `freeze_at`.
 
     Raises:
         NMError: no sparsified layer.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, every: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        every: int | None = None,
+        after: Training | None = None,
+    ) -> None:
         sites_of(model, "trainers")
+        self._thaw = after is not None and after._model is model and "frozen" in after._in_force
         self._model, self._plan = model, plan
         self._monitor = Monitor(model, every=sys.maxsize if every is None else every)
         self._in_force: dict[str, Any] = {}
@@ -79,7 +88,11 @@ class Training:
             self._once("lambda_w", lambda_w, set_lambda)
         if freeze_at is not None and step >= freeze_at:
             self._once("frozen", True, lambda model, _: freeze(model))
-        elif self._plan.pattern is not None:
+            return
+        if self._thaw:
+            unfreeze(self._model)
+            self._thaw = False
+        if self._plan.pattern is not None:
             rules = self._plan.pattern(step)
             self._once("pattern", dict(rules) if isinstance(rules, Mapping) else rules, set_pattern)
 
@@ -123,3 +136,4 @@ class Training:
         load_state_dict(self._model, state.get("model", {}))
         self._monitor.load_state_dict(state.get("monitor", {}))
         self._in_force.clear()
+        self._thaw = False

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..capture.candidates import Candidate
-from ..capture.site import get_path
+from ..capture.site import place_of
 from ..pattern import Pattern
 from .bench import Bench
 from .decide import DENSE, PACKED, SEMI, Choice, stays_dense
@@ -72,6 +72,5 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
 def _has_bias(candidate: Candidate) -> bool:
     if candidate.capture != "leaf":
         return candidate.kind == "addmm"
-    owner_path, _, _ = candidate.path.rpartition(".")
-    owner = get_path(candidate.host, owner_path) if owner_path else candidate.host
+    owner, _ = place_of(candidate.host, candidate.path)
     return getattr(owner, "bias", None) is not None
