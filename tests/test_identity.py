@@ -689,3 +689,33 @@ def test_an_attention_without_its_projection_is_reported() -> None:
     without_child(attention)
     rows = {row.fqn: row.reason for row in nmfx.report(attention)}
     assert rows == {"in_proj_weight": "not sparsified", "out_proj.weight": "it has no weight"}
+
+
+# torch itself warns that torch.jit is deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of torch's own nn.LSTM
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv", "lstm"])
+def test_torch_jit_trace_records_the_masks(kind: str, grad: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "linear": (nn.Linear(8, 8), torch.randn(2, 3, 8)),
+        "conv": (nn.Conv2d(8, 8, 3), torch.randn(2, 8, 5, 5)),
+        "lstm": (nn.LSTM(8, 8), torch.randn(3, 2, 8)),
+    }
+    layer, x = layers[kind]
+    model = nmfx.sparsify(nn.Sequential(layer), {"0": "2:4"})
+    if frozen:
+        nmfx.freeze(model)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (x,))
+
+    def run(net: Any) -> tuple[Tensor, list[Tensor]]:
+        found = net(x)
+        found = found[0] if isinstance(found, tuple) else found
+        return found, list(torch.autograd.grad(found.square().sum(), list(model.parameters())))
+
+    for mine, its in zip(run(model)[1], run(traced)[1], strict=True):
+        assert torch.equal(mine, its)
+    assert torch.equal(run(model)[0], run(traced)[0])

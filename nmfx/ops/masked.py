@@ -123,6 +123,7 @@ def _run(
         or type(weight) not in _PLAIN
         or type(input) not in _PLAIN
         or side.is_cpu is not weight.is_cpu  # a wrapper moved the weight by itself
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace records operators only
     ):
         return consume(input, _mask(weight, side, m, dim), bias, *rest)
     dtype = None

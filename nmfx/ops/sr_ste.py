@@ -98,7 +98,11 @@ def sr_ste(weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
         return on_parts(lambda part: sr_ste(part, control, m, dim), m, dim, weight)
     if not torch.compiler.is_compiling() and in_transform():
         return _Functorch.apply(weight, control, m, dim)
-    if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
+    if (
+        torch.compiler.is_compiling()
+        or type(weight) not in _PLAIN
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace records operators only
+    ):
         return torch.ops.nmfx.sr_ste.default(weight, control, m, dim, ABI)
     if weight.requires_grad and torch.is_grad_enabled():
         return _Eager.apply(weight, control, m, dim)

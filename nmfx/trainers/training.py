@@ -50,10 +50,10 @@ class Training:
         after: Training | None = None,
     ) -> None:
         sites_of(model, "trainers")
-        self._thaw = after is not None and after._model is model and "frozen" in after._in_force
         self._model, self._plan = model, plan
         self._monitor = Monitor(model, every=sys.maxsize if every is None else every)
         self._in_force: dict[str, Any] = {}
+        self._thaw = after is not None and after._model is model and "frozen" in after._in_force
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[Attachment]:
         """`nmfx.attach`, to each of the optimizers that owns some of the sparsified weights.
