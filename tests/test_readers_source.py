@@ -162,9 +162,60 @@ class Nested(nn.Module):
         return self.o(self.i(x) + F.linear(x, self.i.weight))
 
 
+class Shows(nn.Module):
+    """A child that shows the weight of its own child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    @property
+    def circular_weight(self) -> Tensor:
+        return self.circular_weight if self.training else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Scaled(nn.Linear):
+    def scaled_weight(self, by: float) -> Tensor:
+        return by * self.weight
+
+
+class Hiding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.s, self.l, self.o = Shows(), Scaled(16, 16), nn.Linear(16, 4)
+
+
+class OfProperty(Hiding):
+    reads = ("s.inner",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.l(F.linear(self.s(x), self.s.weight)))
+
+
+class OfPropertyOfProperty(Hiding):
+    reads = ("s.inner",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.l(F.linear(self.s(x), self.s.circular_weight)))
+
+
+class OfMethod(Hiding):
+    reads = ("l",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.s(F.linear(self.l(x), self.l.scaled_weight(0.5))))
+
+
 READERS: list[Any] = [
     Pairs, Display, Group, Enumerated, Zipped, Sliced, Values, Items, Annotated, Chosen, Itself,
-    OfAttention, Nested,
+    OfAttention, Nested, OfProperty, OfPropertyOfProperty, OfMethod,
 ]  # fmt: skip
 
 

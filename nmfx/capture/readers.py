@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from .generate import base_class
+from .site import join
 from .source import ANY, Chain, Scan, mentions_weight, names_in, scan_function
 
 
@@ -64,7 +66,7 @@ def _expand(module: nn.Module, chain: Chain) -> Iterator[tuple[str, nn.Module]]:
     found = [("", module)]
     for name in chain:
         found = [
-            (f"{path}.{key}" if path else key, child)
+            (join(path, key), child)
             for path, parent in found
             for key, child in parent._modules.items()
             if child is not None and name in (key, ANY)
@@ -72,10 +74,30 @@ def _expand(module: nn.Module, chain: Chain) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
-def _parameters(module: nn.Module, chain: Chain) -> Iterator[str]:
+def _parameters(module: nn.Module, chain: Chain, depth: int = 0) -> Iterator[str]:
     for path, owner in _expand(module, chain[:-1]):
         if owner._parameters.get(chain[-1]) is not None:
-            yield f"{path}.{chain[-1]}" if path else chain[-1]
+            yield join(path, chain[-1])
+        elif (path or depth) and depth < _DEEPEST:  # not those of `module`, whose source is known
+            for inner in _behind(base_class(owner), chain[-1]):
+                yield from (join(path, name) for name in _parameters(owner, inner, depth + 1))
+
+
+_DEEPEST = 4  # properties that name properties: one that names itself ends somewhere
+_hidden: weakref.WeakKeyDictionary[type, dict[str, set[Chain]]] = weakref.WeakKeyDictionary()
+
+
+def _behind(base: type[nn.Module], name: str) -> set[Chain]:
+    """What a property or method of a child, called after a weight, reads of the child."""
+    if base.__module__.startswith("torch."):
+        return set()
+    known = _hidden.setdefault(base, {})
+    if name not in known:
+        scan = Scan()
+        for function in _definitions(base, name):
+            scan_function(function, scan)
+        known[name] = scan.read | scan.own
+    return known[name]
 
 
 # --- one class ---------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ class Scan:
     """What the methods of a class do with what hangs below `self`.
 
     Attributes:
-        read: chains that end in a weight whose values are looked at.
+        read: chains that end in a weight whose values are looked at, or in a property or method
+            that is called after one.
+        own: those that are nothing but a name: weights of `self`.
         written: those that are changed in place.
         called: chains that are called.
         entries: the methods that may be called from outside and lead to a read.
@@ -28,6 +30,7 @@ class Scan:
     """
 
     read: set[Chain] = field(default_factory=set)
+    own: set[Chain] = field(default_factory=set)
     written: set[Chain] = field(default_factory=set)
     called: set[Chain] = field(default_factory=set)
     entries: set[str] = field(default_factory=set)
@@ -250,6 +253,7 @@ class _Visitor:
                 self.scan.read |= below
             elif not self._only_metadata(node):
                 self.scan.read |= below
+                self.scan.own |= chains - below
         elif isinstance(node, ast.Name) and node.id in self.weights and self._writes(node):
             self.scan.written |= self.weights[node.id]
 
