@@ -41,6 +41,7 @@ import records
 import torch
 from gpu_timing import gpu
 from harness import hardware, header, write_result
+from resnet import ResNet50, fuse
 from static_llama import TINY, Size, StaticLlama
 from torch import Tensor, nn
 
@@ -107,6 +108,14 @@ def llama(batch: int, tokens: int, cached: int, quick: bool) -> Made:
     return StaticLlama(size, batch, cached), (torch.randint(size.vocab, (batch, tokens)), positions)
 
 
+def resnet(batch: int, quick: bool) -> Made:
+    """ResNet-50, its batch norms folded, channels-last."""
+    model = fuse(ResNet50().eval()).to(memory_format=torch.channels_last)
+    side = 64 if quick else 224
+    x = torch.randn(min(batch, 2) if quick else batch, 3, side, side).bfloat16()
+    return model, (x.contiguous(memory_format=torch.channels_last),)
+
+
 # In the order in which they run: what matters most comes first.
 MODELS: dict[str, tuple[str, Callable[[bool], Made]]] = {
     "llama-decode-1": ("1 token, 512 cached", functools.partial(llama, 1, 1, 512)),
@@ -115,6 +124,8 @@ MODELS: dict[str, tuple[str, Callable[[bool], Made]]] = {
     "llama-prefill": ("1 x 2048 tokens", functools.partial(llama, 1, 2048, 2048)),
     "bert-large-1": ("1 x 384 tokens", functools.partial(bert, 1)),
     "vit-l-1": ("1 image", functools.partial(vit, 1)),
+    "resnet50-64": ("64 images", functools.partial(resnet, 64)),
+    "resnet50-1": ("1 image", functools.partial(resnet, 1)),
     "llama-decode-8": ("8 x 1 token, 512 cached", functools.partial(llama, 8, 1, 512)),
 }
 

@@ -133,6 +133,32 @@ def unpack(values: Tensor, index: Tensor, rows: int, cols: int, pattern: Pattern
     return dense.view(rows, cols).view(values.dtype)
 
 
+def matrix_shape(shape: Sequence[int], dim: int = 1) -> tuple[int, int]:
+    """(rows, columns) of a weight of `shape` as the matrix that is stored: see `as_matrix`."""
+    if len(shape) == 2:
+        return shape[1 - dim], shape[dim]
+    return shape[0], torch.Size(shape[1:]).numel()
+
+
+def as_matrix(weight: Tensor, dim: int = 1) -> Tensor:
+    """A weight as (outputs, inputs): a convolution's columns are (*kernel position, channel).
+
+    Args:
+        weight: of a linear layer or a convolution.
+        dim: the dimension that a linear layer sums over; 1 for a convolution.
+    """
+    if weight.ndim == 2:
+        return weight if dim == 1 else weight.t()
+    return weight.movedim(1, -1).flatten(1)
+
+
+def from_matrix(matrix: Tensor, shape: Sequence[int], dim: int = 1) -> Tensor:
+    """The weight of `shape` that `as_matrix` took apart; that of a convolution is contiguous."""
+    if len(shape) == 2:
+        return matrix if dim == 1 else matrix.t()
+    return matrix.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
+
+
 def pack_conv(weight: Tensor, groups: int, pattern: PatternLike) -> tuple[Tensor, Tensor]:
     """Packs a convolution's weight along its input channels.
 
@@ -151,8 +177,7 @@ def pack_conv(weight: Tensor, groups: int, pattern: PatternLike) -> tuple[Tensor
         NMError: as `pack`, and M does not divide the channels.
     """
     check_groups(weight, Pattern.parse(pattern), 1)
-    rows = weight.movedim(1, -1).flatten(1)
-    packed = [pack(part, pattern) for part in rows.chunk(groups)]
+    packed = [pack(part, pattern) for part in as_matrix(weight).chunk(groups)]
     values, index = (torch.cat(parts) for parts in zip(*packed, strict=True))
     return values, index
 
@@ -166,8 +191,7 @@ def unpack_conv(
         unpack(v, i, rows, columns, pattern)
         for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True)
     ]
-    last = torch.cat(parts).unflatten(1, (*shape[2:], shape[1]))
-    return last.movedim(-1, 1).contiguous()
+    return from_matrix(torch.cat(parts), shape)
 
 
 def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:

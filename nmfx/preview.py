@@ -17,6 +17,7 @@ from .capture.site import get_path
 from .errors import NMError
 from .kernels import semi_structured
 from .mask import nm_project
+from .packing import matrix_shape
 from .pattern import Pattern
 from .plan import obstacle_to_packing
 from .policy import Decision, Rules, decide, parse_rules
@@ -122,7 +123,7 @@ def _row(decision: Decision, choice: Choice | None) -> Row:
     elif choice.name == SEMI:
         backend = semi_structured.backend_of(get_path(c.host, c.path).device)
         assert isinstance(backend, semi_structured.Backend), backend
-        stored = semi_structured.compressed_bytes(c.shape[1 - c.dim], c.shape[c.dim], backend)
+        stored = semi_structured.compressed_bytes(*matrix_shape(c.shape, c.dim), backend)
     elif choice.name != DENSE:
         stored = 2 * dense
     return Row(

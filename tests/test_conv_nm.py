@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conv_calls import BASE, LAYOUTS, Conv, convs, dense, input_of
 from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
 from test_native_linear import assert_near
 from torch import Tensor
 
@@ -25,17 +23,6 @@ from nmfx.pattern import Pattern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without the library the reference kernel is tested, once.
 ISAS = cpu.available() or ["reference"]
-
-PATTERNS = ("2:4", "1:4", "4:8", "1:8", "2:16", "8:16", "1:2", "3:4", "3:5", "7:20", "33:64")
-LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "transposed",
-    "rows apart",
-    "part of channels",
-    "expanded",
-)
-
 
 # torch's own convolution says so once per process.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -54,79 +41,6 @@ def use(isa: str) -> None:
         cpu.use_isa(isa)
 
 
-class Conv(NamedTuple):
-    pattern: Pattern
-    channels: int  # of one group
-    out: int  # of one group
-    groups: int
-    kernel: tuple[int, ...]
-    stride: Any
-    padding: Any
-    dilation: Any
-    size: tuple[int, ...]
-    batch: int  # 0: unbatched
-    layout: str
-    has_bias: bool
-    activation: str
-    seed: int
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
-
-
-@st.composite
-def convs(draw: DrawFn) -> Conv:
-    """conv1d and conv2d calls whose kernel fits into the padded input."""
-    pattern = Pattern.parse(draw(st.sampled_from(PATTERNS)))
-    kernels = [(1, 1), (3, 3), (1, 3), (5, 2), (1,), (3,), (4,)]
-    kernel = draw(st.sampled_from(kernels))
-    dims = len(kernel)
-
-    def either(low: int, high: int) -> Any:
-        """One number for all dimensions, or one for each."""
-        numbers = st.integers(low, high)
-        return draw(st.one_of(numbers, st.tuples(*[numbers] * dims)))
-
-    padding = draw(st.sampled_from(["number", "number", "same", "valid"]))
-    stride = draw(st.sampled_from([1, (1,) * dims])) if padding == "same" else either(1, 3)
-    dilation = either(1, 2)
-    each = dilation if isinstance(dilation, tuple) else (dilation,) * dims
-    least = [d * (k - 1) + 1 for d, k in zip(each, kernel, strict=True)]
-    return Conv(
-        pattern,
-        pattern.m * draw(st.integers(1, 3 if pattern.m <= 20 else 1)),
-        draw(st.sampled_from([1, 3, 16, 17, 33])),
-        draw(st.integers(1, 3)),
-        kernel,
-        stride,
-        either(0, 3) if padding == "number" else padding,
-        dilation,
-        tuple(k + draw(st.integers(0, 9)) for k in least),
-        draw(st.integers(0, 3)),
-        draw(st.sampled_from(LAYOUTS)),
-        draw(st.booleans()),
-        draw(st.sampled_from(list(ACTIVATIONS))),
-        draw(st.integers(0, 999)),
-    )
-
-
-def lay_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
-    """Random input of shape (batch, channels, *size)."""
-    batch, channels, *size = shape
-    if layout == "channels_last":
-        return torch.randn(batch, *size, channels, dtype=dtype).movedim(-1, 1)
-    if layout == "transposed":
-        return torch.randn(*reversed(shape), dtype=dtype).permute(*reversed(range(len(shape))))
-    if layout == "rows apart":
-        return torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-    if layout == "part of channels":
-        return torch.randn(batch, channels + 3, *size, dtype=dtype)[:, 1 : channels + 1]
-    if layout == "expanded":
-        return torch.randn(1, channels, *size, dtype=dtype).expand(shape)
-    return torch.randn(shape, dtype=dtype)
-
-
 def packed(conv: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dense weight, values, index, bias)."""
     weight = torch.randn(conv.out * conv.groups, conv.channels, *conv.kernel)
@@ -137,20 +51,9 @@ def packed(conv: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
     return weight, values, index, bias
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    function = F.conv2d if len(conv.kernel) == 2 else F.conv1d
-    return function(x, weight, bias, *conv.settings)
-
-
 def run(conv: Conv, x: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
     pattern = conv.pattern.n, conv.pattern.m
     return conv_nm(x, *tensors, *conv.settings, weight.shape, *pattern, conv.activation)
-
-
-def input_of(conv: Conv, dtype: torch.dtype) -> Tensor:
-    channels = conv.channels * conv.groups
-    x = lay_out((max(1, conv.batch), channels, *conv.size), conv.layout, dtype)
-    return x if conv.batch else x[0]
 
 
 def check(isa: str, dtype: torch.dtype, conv: Conv) -> None:
@@ -165,11 +68,6 @@ def check(isa: str, dtype: torch.dtype, conv: Conv) -> None:
     squares = dense(x.double() ** 2, weight.double() ** 2, None if wide is None else wide**2, conv)
     plain = act(dense(x, weight, bias, conv)) if dtype == torch.bfloat16 else wanted
     assert_near(actual, wanted, squares, plain)
-
-
-BASE = Conv(
-    Pattern(2, 4), 8, 6, 1, (3, 3), 1, 1, 1, (7, 6), 2, "contiguous", True, "none", 0
-)  # fmt: skip
 
 
 # --- values ------------------------------------------------------------------------------------

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import nmfx
+from nmfx.capture.packed import compress_weight
 from nmfx.kernels import semi_structured as semi
 from nmfx.kernels.triton_packed import unpack
 from nmfx.mask import nm_mask, nm_project
 from nmfx.ops import compiled as compiled_ops
+from nmfx.ops.conv_nm import conv_nm
+from nmfx.ops.conv_semi_structured import conv_semi_structured
 from nmfx.ops.linear_nm import linear_nm
-from nmfx.packing import pack
+from nmfx.packing import pack, pack_conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,6 +223,44 @@ def test_packed_products_of_any_rows(pattern: str, dtype: torch.dtype) -> None:
             wanted = F.linear(x.double(), weight.double())
             error = (y.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
             assert error < {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_compute_what_dense_ones_do(kernel: int) -> None:
+    """As products of patches, packed and compressed; of many rows with the weight unpacked."""
+    reason = semi.backend_of(torch.device("cuda"))
+    torch.manual_seed(0)
+    weight = torch.randn(272, 64, kernel, kernel, device="cuda").bfloat16()
+    weight = nm_project(weight, "2:4", 1)
+    bias = torch.randn(272, device="cuda").bfloat16()
+    packed = pack_conv(weight, 1, "2:4")
+    for batch, side in ((0, 7), (1, 3), (1, 7), (3, 20)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(batch, 64, side, side, device="cuda").bfloat16()
+            x = x.to(memory_format=layout)
+            window = 2, kernel // 2, 1, 1
+            wanted = F.conv2d(x, weight, bias, *window)
+            found = [conv_nm(x, *packed, bias, *window, weight.shape, 2, 4)]
+            if not isinstance(reason, str):
+                compressed, meta, _ = compress_weight(weight, 1)
+                tensors = compressed, meta, bias
+                found.append(conv_semi_structured(x, *tensors, *window, weight.shape, weight.dtype))
+            for y in found:
+                torch.testing.assert_close(y, wanted, rtol=2e-2, atol=4e-2)
+                assert y.stride() == wanted.stride() or not batch
+
+
+def test_a_model_of_convolutions_is_measured_and_right() -> None:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(256, 512, 1), nn.ReLU(), nn.Conv2d(512, 256, 3, padding=1)]
+    model = nn.Sequential(*convs, nn.Flatten(), nn.LazyLinear(8)).cuda().bfloat16()
+    x = torch.randn(8, 256, 14, 14, device="cuda").bfloat16()
+    x = x.to(memory_format=torch.channels_last)
+    model(x)
+    model = nmfx.sparsify(model, "2:4").eval()
+    folded, fast = nmfx.fold(model), nmfx.lower(model, (x,))
+    torch.testing.assert_close(fast(x), folded(x), rtol=3e-2, atol=3e-2)
+    assert all(row.ms_dense for row in nmfx.report(fast) if row.pattern is not None)
 
 
 def test_packed_products_on_streams_and_in_inference_mode() -> None:

@@ -204,14 +204,6 @@ def test_weights_that_a_graph_reads_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(copy.deepcopy(fast)(X), fast(X))
 
 
-def test_convolutions_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv1d(64, 64, 1), nn.Conv1d(64, 4, 1)).bfloat16()
-    model = nmfx.sparsify(model, {"0": "2:4"})
-    install(monkeypatch, SEMI_WINS)
-    fast = nmfx.lower(model, (X.reshape(1, 64, 3),))
-    assert states(fast)["0.weight"] == "packed"
-
-
 # --- all or nothing -------------------------------------------------------------------------------
 
 

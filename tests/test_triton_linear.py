@@ -20,7 +20,7 @@ from nmfx.kernels import triton_packed
 from nmfx.mask import as_bits, nm_project, same_values
 from nmfx.ops import cuda
 from nmfx.ops.packed import ACTIVATIONS
-from nmfx.packing import pack, unpack
+from nmfx.packing import pack, pack_conv, unpack
 
 pytest.importorskip("triton", reason="triton is not installed: the GPU kernels cannot run")
 import ptx
@@ -210,6 +210,41 @@ def test_the_op_on_a_gpu_takes_either_way(
     torch.testing.assert_close(y, F.linear(x, unpack(values, index, 20, 16, "2:4"), bias).relu())
     few = rows <= triton_packed.most_rows(values, 2, 4)
     assert called == (["linear" if few else "unpack"] if kernels else [])
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "took"),
+    [((4, 3), 1, "linear"), ((40, 10), 1, "unpack"), ((4, 3), 2, "")],
+)
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_packed_convolution_on_a_gpu_is_a_product_of_patches(
+    size: tuple[int, int],
+    groups: int,
+    took: str,
+    pattern: str,
+    layout: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`cuda.conv` is what the op calls for CUDA tensors."""
+    monkeypatch.setattr(triton_packed, "why_not", lambda values, m: None)
+    called: list[str] = []
+    for name in ("linear", "unpack"):
+        function = getattr(triton_packed, name)
+        monkeypatch.setattr(
+            triton_packed, name, lambda *args, n=name, f=function: called.append(n) or f(*args)
+        )
+    n, m = map(int, pattern.split(":"))
+    weight = nm_project(torch.randn(20, 16 // groups, 3, 2).half(), pattern, 1).to(DEVICE)
+    values, index = pack_conv(weight, groups, pattern)
+    bias = torch.randn(20, device=DEVICE).half()
+    x = torch.randn(1, 16, *size, device=DEVICE).half().to(memory_format=layout)
+    window = [2, 1], [1, 1], [1, 2]
+    y = cuda.conv(x, values, index, bias, 20, [3, 2], *window, groups, n, m, "relu")
+    wanted = F.conv2d(x, weight, bias, *window, groups).relu()
+    torch.testing.assert_close(y, wanted, rtol=4e-3, atol=4e-3)
+    assert y.is_contiguous(memory_format=layout)
+    assert called == ([took] if took else [])
 
 
 def test_triton_linear_says_what_it_does_not_take() -> None:

@@ -13,7 +13,10 @@ from ..kernels import semi_structured
 from ..mask import same_values
 from ..packing import (
     Shape,
+    as_matrix,
     check_packed,
+    from_matrix,
+    matrix_shape,
     pack,
     pack_conv,
     packed_bytes,
@@ -34,7 +37,7 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
     if weight.ndim > 2:
         packed = pack_conv(weight, groups, pattern)
     else:
-        packed = pack(weight if dim == 1 else weight.t(), pattern)
+        packed = pack(as_matrix(weight, dim), pattern)
     again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
     if not same_values(again, weight):
         raise AssertionError("packing is not exact, please report this")
@@ -52,8 +55,7 @@ def unpack_weight(
     """The dense weight of shape `shape`; the inverse of `pack_weight`."""
     if len(shape) > 2:
         return unpack_conv(values, index, shape, groups, pattern)
-    rows = unpack(values, index, shape[1 - dim], shape[dim], pattern)
-    return rows if dim == 1 else rows.t()
+    return from_matrix(unpack(values, index, *matrix_shape(shape, dim), pattern), shape, dim)
 
 
 def check_weight(
@@ -70,7 +72,7 @@ def check_weight(
         NMError: see `nmfx.packing.check_packed`.
     """
     if len(shape) == 2:
-        return check_packed(values, index, shape[1 - dim], shape[dim], pattern)
+        return check_packed(values, index, *matrix_shape(shape, dim), pattern)
     columns = torch.Size(shape[1:]).numel()
     for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True):
         check_packed(v, i, shape[0] // groups, columns, pattern)
@@ -119,7 +121,7 @@ def packed_weight_shapes(
 ) -> tuple[Shape, Shape]:
     """Shapes of (values, index) of such a weight."""
     if len(shape) == 2:
-        return packed_shapes(shape[1 - dim], shape[dim], pattern)
+        return packed_shapes(*matrix_shape(shape, dim), pattern)
     values, index = packed_shapes(shape[0] // groups, torch.Size(shape[1:]).numel(), pattern)
     return (groups * values[0], *values[1:]), (groups * index[0], *index[1:])
 
@@ -129,13 +131,13 @@ def packed_weight_bytes(
 ) -> int:
     """Bytes of such a weight when it is packed."""
     if len(shape) == 2:
-        return packed_bytes(shape[1 - dim], shape[dim], pattern, itemsize)
+        return packed_bytes(*matrix_shape(shape, dim), pattern, itemsize)
     columns = torch.Size(shape[1:]).numel()
     return groups * packed_bytes(shape[0] // groups, columns, pattern, itemsize)
 
 
 def compress_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, str]:
-    """(compressed, meta, format) of a linear layer's weight that is summed over along `dim`.
+    """(compressed, meta, format) of a weight that is summed over along `dim`, as a matrix.
 
     Raises:
         NMError: its device has no sparse tensor cores, or the form does not hold the weight.
@@ -143,7 +145,7 @@ def compress_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, str]:
     backend = semi_structured.backend_of(weight.device)
     if isinstance(backend, str):
         raise NMError(backend)
-    tensors = semi_structured.compress(weight if dim == 1 else weight.t(), backend)
+    tensors = semi_structured.compress(as_matrix(weight, dim), backend)
     return (*tensors, semi_structured.format_of(backend, weight.dtype, weight.device))
 
 
@@ -156,7 +158,7 @@ def check_compressed(
     pattern: Pattern,
     format: str,
 ) -> None:
-    """Checks tensors that claim to be the compressed form of a linear layer's weight of `shape`.
+    """Checks tensors that claim to be the compressed form of a weight of `shape`.
 
     Only cuSPARSELt can read what it made.
 
@@ -164,7 +166,7 @@ def check_compressed(
         NMError: see `nmfx.kernels.semi_structured.check_cutlass`.
     """
     if format.startswith(f"{semi_structured.CUTLASS.name} "):
-        sizes = shape[1 - dim], shape[dim]
+        sizes = matrix_shape(shape, dim)
         semi_structured.check_cutlass(compressed, meta, *sizes, dtype, pattern)
 
 
@@ -172,5 +174,5 @@ def decompress_weight(
     compressed: Tensor, meta: Tensor, shape: tuple[int, ...], dim: int, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight of shape `shape`; the inverse of `compress_weight`."""
-    rows = semi_structured.decompress(compressed, meta, shape[1 - dim], shape[dim], dtype)
-    return rows if dim == 1 else rows.t()
+    rows = semi_structured.decompress(compressed, meta, *matrix_shape(shape, dim), dtype)
+    return from_matrix(rows, shape, dim)

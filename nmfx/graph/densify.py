@@ -3,8 +3,9 @@
     nmfx_linear_nm(x, values, index, bias, ..., activation="relu")      becomes
     relu(linear(x, weight, bias))
 
-and so for nmfx_conv_nm, nmfx_linear_semi_structured and nmfx_linear_by_rows. The functions are
-those of torch.nn.functional (and torch.addmm), also where aten operators or methods stood before.
+and so for nmfx_conv_nm, nmfx_linear_semi_structured, nmfx_conv_semi_structured and
+nmfx_linear_by_rows. The functions are those of torch.nn.functional (and torch.addmm), also where
+aten operators or methods stood before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..ops.conv_nm import conv_nm
+from ..ops.conv_semi_structured import conv_semi_structured
 from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_semi_structured import linear_semi_structured
@@ -25,7 +27,13 @@ from .table import argument
 
 # Where the activation stands: by position in graphs that were unpickled, which traces them again.
 _ACTIVATION = {linear_nm: 8, conv_nm: 11, linear_by_rows: 7}
-_LOWERED = (linear_nm, conv_nm, linear_semi_structured, linear_by_rows)
+_LOWERED = (
+    linear_nm,
+    conv_nm,
+    linear_semi_structured,
+    conv_semi_structured,
+    linear_by_rows,
+)
 _CONVS = {3: F.conv1d, 4: F.conv2d}
 _ACTIVATIONS: dict[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
     "relu": (F.relu, {}),

@@ -13,6 +13,9 @@
     semi-structured   linear(x, weight, bias)        becomes
                 nmfx_linear_semi_structured(x, compressed, meta, bias, out_features, in_features,
                                             dtype)
+                conv2d(x, weight, bias, stride, padding, dilation, groups)      becomes
+                nmfx_conv_semi_structured(x, compressed, meta, bias, stride, padding, dilation,
+                                          groups, shape, dtype)
 
     by rows     linear(x, weight, bias)              becomes
                 nmfx_linear_by_rows(x, ("packed", values, index, n, m), ("dense", weight, False),
@@ -38,6 +41,7 @@ from torch import fx
 
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
+from ..ops.conv_semi_structured import conv_semi_structured
 from ..ops.keep import keep
 from ..ops.linear_by_rows import linear_by_rows
 from ..ops.linear_nm import linear_nm
@@ -147,17 +151,21 @@ def replace_with_semi_structured(
     dtype: torch.dtype,
     algorithms: tuple[int, ...] = (),
 ) -> None:
-    """Replaces the linear consumers of a weight of `shape` by linear_semi_structured.
+    """Replaces the consumers of a weight of `shape` by linear_ or conv_semi_structured.
 
     Check with `can_pack`, as for `replace_with_packed`.
     """
     for use in uses:
-        inputs, bias = _operands(use)
-        constants: tuple[Any, ...] = shape[1 - use.consumer.dim], shape[use.consumer.dim], dtype
-        constants += (algorithms,) if algorithms else ()
-        with graph.inserting_before(use.node):
+        node, (inputs, bias) = use.node, _operands(use)
+        target: Callable[..., object] = linear_semi_structured
+        rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
+        if use.consumer.family == "conv":
+            constants = conv_arguments(node.target, node.args, node.kwargs).values()
+            target, rest = conv_semi_structured, (*constants, tuple(shape))
+        rest += (dtype, algorithms) if algorithms else (dtype,)
+        with graph.inserting_before(node):
             tensors = [graph.create_node("get_attr", name) for name in (compressed, meta)]
-            call = graph.call_function(linear_semi_structured, (inputs, *tensors, bias, *constants))
+            call = graph.call_function(target, (inputs, *tensors, bias, *rest))
         _swap(graph, use, call)
 
 

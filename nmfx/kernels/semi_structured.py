@@ -33,6 +33,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from ..errors import NMError
 from ..mask import is_nm, magnitude, same_values
+from ..packing import matrix_shape
 from ..pattern import Pattern
 
 PATTERN = Pattern(2, 4)
@@ -86,26 +87,27 @@ def backend_of(device: torch.device) -> Backend | str:
     return f"this torch comes without cuSPARSELt, which compute capability {major}.{minor} needs"
 
 
-def why_not(weight: Tensor, dim: int) -> str | None:
+def why_not(weight: Tensor, dim: int, groups: int = 1) -> str | None:
     """Why a weight cannot become semi-structured, or None when it can.
 
     The values are looked at, not a name: 1:4, 2:8 and 1:16 weights qualify whenever no aligned
     four hold more than two nonzeros.
 
     Args:
-        weight: 2-D, `dim` is the dimension that is summed over.
+        weight: of a linear layer or a convolution.
+        dim: the dimension that is summed over, 1 of a convolution.
+        groups: of a convolution.
     """
     backend = backend_of(weight.device)
     if isinstance(backend, str):
         return backend
-    if weight.ndim != 2:
-        return "semi-structured weights are those of linear layers"
+    if groups > 1:
+        return f"a convolution in {groups} groups is no one product"
     if weight.dtype not in DTYPES:
         return f"semi-structured weights are float16 or bfloat16, not {weight.dtype}"
     if not weight.numel() or weight.shape[dim] % PATTERN.m:
         return f"shape {tuple(weight.shape)} has no groups of {PATTERN.m} along its inputs"
-    sizes = weight.shape[1 - dim], weight.shape[dim]
-    if compressed_bytes(*sizes, backend) >= weight.nbytes:
+    if compressed_bytes(*matrix_shape(weight.shape, dim), backend) >= weight.nbytes:
         return f"filled up to what {backend.name} takes, it would not be smaller"
     if not is_nm(weight, PATTERN, dim):
         return "a group of 4 has more than 2 nonzeros, which sparse tensor cores need"

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_nm import each, padded
+from .pictures import each, padded
 from .weight_copy import WeightCopy, serves
 
 

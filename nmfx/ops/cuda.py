@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import triton, triton_packed
+from .conv_nm import output_shape, unpacked_conv
 from .linear_nm import _check, unpacked_linear
 from .packed import ACTIVATIONS
+from .pictures import memory_format, patches
 from .sr_ste import _backward_eager, _decay_eager, _project_eager
 
 
@@ -67,7 +69,42 @@ def linear(
     return y.view(*input.shape[:-1], out_features)
 
 
+def conv(
+    input: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    n: int,
+    m: int,
+    activation: str,
+) -> Tensor:
+    """nmfx::conv_nm: a packed product of patches, which are the rows; of many, as `linear`."""
+    window = kernel_size, stride, padding, dilation
+    call = input, values, index, bias, out_channels, *window, groups, n, m, activation
+    if groups > 1 or triton_packed.why_not(values, m):
+        return unpacked_conv(*call)
+    batch, _, height, width = output_shape(*call)
+    rows, channels = batch * height * width, input.shape[1]
+    if rows > triton_packed.most_rows(values, n, m):
+        columns = channels * kernel_size[0] * kernel_size[1]
+        weight = triton_packed.unpack(values, index, out_channels, columns, n, m)
+        weight = weight.view(out_channels, *kernel_size, channels).movedim(-1, 1)
+        out = ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation))
+    else:
+        flat = patches(input, *window).reshape(rows, -1)
+        y = triton_packed.linear(flat, values, index, bias, out_channels, n, m, activation)
+        out = y.view(batch, height, width, out_channels).movedim(-1, 1)
+    return out.contiguous(memory_format=memory_format(input))
+
+
 _library = torch.library.Library("nmfx", "IMPL")
+_library.impl("conv_nm", conv, "CUDA")
 _library.impl("linear_nm", linear, "CUDA")
 _library.impl("sr_ste", forward, "CUDA")
 _library.impl("sr_ste_project", project, "CUDA")

@@ -40,6 +40,7 @@ from ..capture.tied import admit_tied
 from ..errors import NMError
 from ..graph.follow import activation, called, module_activation
 from ..kernels import semi_structured
+from ..packing import matrix_shape
 from ..pattern import Pattern
 from ..plan import obstacle_to_packing
 from ..schedule import change_pattern, fix_masks, free_masks
@@ -274,7 +275,7 @@ def _moved(
                 f"{name}: the file holds it as {layer.format}, and {device} has {here}; lower the "
                 f"dense model here"
             )
-        out, into = layer.shape[1 - layer.dim], layer.shape[layer.dim]
+        out, into = matrix_shape(layer.shape, layer.dim)
         assert not isinstance(backend, str)
         sizes = tuple(tensors[key].nbytes for key in names)
         if not semi_structured.has_size(sizes, out, into, backend):

@@ -17,7 +17,7 @@ from ..errors import NMError
 from . import cache, timer
 from .decide import DENSE, SEMI, Choice, Timing, decide
 from .hardware import cache_bytes, kernel_digest, kernel_status, processor
-from .layers import Layer, Run, candidates, multiply_adds, names
+from .layers import Layer, Run, candidates, multiply_adds, names, product_rows
 from .shapes import Seen, make_input
 from .two_forms import decide_two
 
@@ -90,7 +90,7 @@ class Bench:
         with torch.no_grad():
             found = [(self._ms(name, layer, seen, made), count) for seen, count in shapes.items()]
         # A candidate that failed at one shape is out at all.
-        algorithms = _algorithms([ms for ms, _ in found], shapes)
+        algorithms = _algorithms([ms for ms, _ in found], [product_rows(layer, s) for s in shapes])
         found = [(_without_algorithms(ms), count) for ms, count in found]
         common = [key for key in found[0][0] if all(key in ms for ms, _ in found)]
         timings = [
@@ -212,11 +212,11 @@ def _without_algorithms(ms: Mapping[str, float]) -> dict[str, float]:
     return {key.partition(_AT)[0]: value for key, value in ms.items()}
 
 
-def _algorithms(found: Iterable[Mapping[str, float]], shapes: Iterable[Seen]) -> tuple[int, ...]:
+def _algorithms(found: Iterable[Mapping[str, float]], rows: Iterable[int]) -> tuple[int, ...]:
     """Rows, algorithm, rows, algorithm ...: see `semi_structured.algorithm_for`."""
     by_rows = {
-        seen.rows: int(number)
-        for ms, seen in zip(found, shapes, strict=True)
+        count: int(number)
+        for ms, count in zip(found, rows, strict=True)
         for _, at, number in (key.partition(_AT) for key in ms)
         if at
     }

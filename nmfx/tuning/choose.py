@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -53,7 +54,8 @@ def choose(
     if names(layer) == [DENSE]:
         return stays_dense(f"{layer.obstacles[SEMI]}; {layer.obstacles[PACKED]}")
     keep = None if candidate.kind == "conv" else keep
-    return bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
+    choice = bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
+    return _marked(choice, layer)
 
 
 def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Choice:
@@ -62,11 +64,25 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
     """
     c = candidate
-    reasons = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False).obstacles
+    if weight.is_cuda and c.kind == "conv" and weight.shape[2:].numel() > 1:
+        return stays_dense(_UNFOLDED)
+    layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False)
+    reasons = layer.obstacles
     for name in (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI):
         if reasons[name] is None:
-            return Choice(name, 0.0, 0.0, "")
+            return _marked(Choice(name, 0.0, 0.0, ""), layer)
     return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED]}")
+
+
+_UNFOLDED = "on a GPU its input would be unfolded, which only measuring can justify"
+_UNTRIED = "convolutions as products of patches have not yet run on a GPU: look at the outputs"
+
+
+def _marked(choice: Choice, layer: Layer) -> Choice:
+    """A choice that says so where no committed result has shown its like."""
+    if layer.kind != "conv" or not layer.weight.is_cuda or choice.name == DENSE:
+        return choice
+    return replace(choice, reason="; ".join(filter(None, (choice.reason, _UNTRIED))))
 
 
 def _has_bias(candidate: Candidate) -> bool:

@@ -20,10 +20,13 @@ from ..errors import NMError
 from ..kernels import semi_structured, triton_packed
 from ..ops.conv_nm import conv_nm
 from ..ops.conv_prepacked import conv_prepacked
+from ..ops.conv_semi_structured import conv_semi_structured
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
 from ..ops.linear_semi_structured import linear_semi_structured
+from ..ops.pictures import as_pictures, patches
 from ..ops.weight_copy import WeightCopy, can_prepack
+from ..packing import as_matrix
 from ..pattern import Pattern
 from .algorithms import fastest_algorithm
 from .decide import DENSE, PACKED, PREPACKED, SEMI
@@ -59,7 +62,7 @@ class Layer:
         """Why each form other than dense is no candidate; None for those that are."""
         return {
             PREPACKED: can_prepack(self.weight) if self.prepack else "no second copy is allowed",
-            SEMI: semi_structured.why_not(self.weight, self.dim),
+            SEMI: semi_structured.why_not(self.weight, self.dim, self.groups),
             PACKED: _no_packed(self),
         }
 
@@ -73,8 +76,8 @@ def _no_packed(layer: Layer) -> str | None:
     device = layer.weight.device.type
     if device == "cpu":
         return None
-    if layer.kind == "conv":
-        return f"packed convolutions run on the CPU, not on {device}"
+    if layer.groups > 1:
+        return f"packed convolutions in groups run on the CPU, not on {device}"
     return triton_packed.why_not(layer.weight, layer.pattern.m)
 
 
@@ -104,13 +107,18 @@ def _made(maker: Callable[[], Run]) -> Run:
 
 
 def multiply_adds(layer: Layer, seen: Seen) -> int:
-    """Of one call, dense: every weight is used once per row or output position."""
+    """Of one call, dense: every weight is used once per row of the product."""
+    return product_rows(layer, seen) * layer.weight.numel()
+
+
+def product_rows(layer: Layer, seen: Seen) -> int:
+    """Rows of the product that a call computes: those of the input, or positions of the output."""
     if layer.kind != "conv":
-        return seen.rows * layer.weight.numel()
+        return seen.rows
     weight = torch.empty_like(layer.weight, device="meta")
     dense = F.conv1d if weight.ndim == 3 else F.conv2d
     out = dense(weight.new_empty(seen.shape), weight, **dict(seen.rest))
-    return out.numel() // weight.shape[0] * weight.numel()
+    return out.numel() // weight.shape[0]
 
 
 def _bias(layer: Layer, outputs: int, wanted: bool) -> Tensor | None:
@@ -137,7 +145,17 @@ def _linears(layer: Layer, bias: bool) -> dict[str, Callable[[], Run]]:
         return lambda x: linear_nm(x, values, index, vector, outputs, inputs, n, m)
 
     def semi_structured() -> Run:
-        return SemiStructured(compress_weight(weight, layer.dim)[:2], vector, dense, weight)
+        compressed, meta, _ = compress_weight(weight, layer.dim)
+
+        def run(x: Tensor, chosen: tuple[int, ...]) -> Tensor:
+            stored = compressed, meta, vector
+            return linear_semi_structured(x, *stored, outputs, inputs, weight.dtype, chosen)
+
+        def find(x: Tensor) -> int | None:
+            rows = x.reshape(-1, inputs).to(weight.dtype)  # what autocast does
+            return fastest_algorithm(rows, compressed, meta, vector, dense(rows))
+
+        return SemiStructured(run, find)
 
     return {
         DENSE: lambda: dense,
@@ -157,28 +175,18 @@ class SemiStructured:
     algorithm: int | None = None
 
     def __init__(
-        self, tensors: tuple[Tensor, Tensor], bias: Tensor | None, dense: Run, weight: Tensor
+        self,
+        run: Callable[[Tensor, tuple[int, ...]], Tensor],
+        find: Callable[[Tensor], int | None],
     ) -> None:
-        self._tensors, self._bias, self._dense, self._dtype = tensors, bias, dense, weight.dtype
+        self._run, self._find = run, find
         self._last: tuple[Any, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._last != (x.shape, x.stride(), x.dtype):
-            self._choose(x)
-        return self._multiply(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        chosen = () if self.algorithm is None else (1, self.algorithm)
-        return linear_semi_structured(
-            x, *self._tensors, self._bias, self._outputs, x.shape[-1], self._dtype, chosen
-        )
-
-    def _choose(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).to(self._dtype)  # what autocast does
-        expected = self._dense(rows)
-        self._outputs = expected.shape[-1]
-        self.algorithm = fastest_algorithm(rows, *self._tensors, self._bias, expected)
-        self._last = x.shape, x.stride(), x.dtype
+        last = x.shape, x.stride(), x.dtype
+        if self._last != last:
+            self.algorithm, self._last = self._find(x), last
+        return self._run(x, () if self.algorithm is None else (1, self.algorithm))
 
 
 def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Callable[[], Run]]:
@@ -201,8 +209,25 @@ def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Callable
         values, index = pack_weight(weight, layer.dim, layer.groups, layer.pattern)
         return lambda x: conv_nm(x, values, index, vector, **rest, weight_shape=shape, n=n, m=m)
 
+    def semi_structured() -> Run:
+        compressed, meta, _ = compress_weight(weight, layer.dim)
+        stride, padding, dilation, groups = rest.values()
+
+        def run(x: Tensor, chosen: tuple[int, ...]) -> Tensor:
+            window = stride, padding, dilation, groups, shape
+            return conv_semi_structured(x, compressed, meta, vector, *window, weight.dtype, chosen)
+
+        def find(x: Tensor) -> int | None:
+            p = as_pictures(x.to(weight.dtype), shape, stride, padding, dilation, "the layer")
+            rows = patches(p.x, p.kernel_size, p.stride, p.padding, p.dilation).flatten(0, 2)
+            expected = F.linear(rows, as_matrix(weight), vector)
+            return fastest_algorithm(rows, compressed, meta, vector, expected)
+
+        return SemiStructured(run, find)
+
     return {
         DENSE: lambda: lambda x: dense(x, weight, vector, **rest),
         PREPACKED: prepacked,
         PACKED: packed,
+        SEMI: semi_structured,
     }
