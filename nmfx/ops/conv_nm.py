@@ -1,9 +1,8 @@
 """nmfx::conv_nm: a convolution whose weight is packed, columns in the order (ky, kx, channel).
 
-On CPU tensors the native kernel runs (`nmfx.kernels.cpu`), on CUDA tensors `nmfx.ops.cuda.conv`. The
-kernel here is the reference for all other devices, and for a CPU without the library: it unpacks the
-weight and convolves dense.
-Gradients flow to the input and the bias; the packed weight is constant.
+On CPU tensors the native kernel runs (`nmfx.kernels.cpu`), on CUDA tensors `nmfx.ops.cuda.conv`.
+The kernel here is the reference for all other devices, and for a CPU without the library: it
+unpacks the weight and convolves dense. Gradients flow to the input and the bias; the packed weight is constant.
 """
 
 from __future__ import annotations
