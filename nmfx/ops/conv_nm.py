@@ -2,7 +2,8 @@
 
 On CPU tensors the native kernel runs (`nmfx.kernels.cpu`), on CUDA tensors `nmfx.ops.cuda.conv`.
 The kernel here is the reference for all other devices, and for a CPU without the library: it
-unpacks the weight and convolves dense. Gradients flow to the input and the bias; the packed weight is constant.
+unpacks the weight and convolves dense. Gradients flow to the input and the bias; the packed weight
+is constant.
 """
 
 from __future__ import annotations
