@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .capture.candidates import Candidate, computed_since, find_candidates, read_around
+from .capture.candidates import Candidate, find_candidates, read_around
 from .capture.fsdp import notes_on_rounding
+from .capture.obstacles import computed_since
 from .capture.own_weights import own_weights
 from .capture.program import remarks
 from .capture.refs import weight_or_none

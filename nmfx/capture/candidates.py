@@ -8,19 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..graph.rewrite import Use
 from ..graph.table import groups_argument
-from ..mask import DTYPES
 from .adapters import Adapted, find_adapted
-from .generate import base_class, is_generated
+from .generate import base_class
 from .graph_module import find_graph_uses, other_readers
 from .holder import Holder, holder_of
 from .leaf import WEIGHT, trace_leaf
+from .obstacles import class_obstacle, tensor_obstacle, weight_obstacle
 from .own_weights import EMBEDDING, Own, own_weights
 from .readers import Reads, weights_read
-from .refs import GONE
 from .site import SITES, Site, get_path, join, place_of, stored_names
 from .tracer import Untraceable
 
@@ -210,7 +208,7 @@ def _leaf(fqn: str, module: nn.Module, kind: str) -> Candidate:
     candidate = Candidate(join(fqn, WEIGHT), fqn, module, WEIGHT, kind)
     if _take_site(candidate, module):
         return candidate
-    candidate.obstacle = _class_obstacle(module) or _weight_obstacle(module, WEIGHT)
+    candidate.obstacle = class_obstacle(module) or weight_obstacle(module, WEIGHT)
     if candidate.obstacle is None:
         weight = getattr(module, WEIGHT)
         groups = int(getattr(module, "groups", 1))
@@ -231,7 +229,7 @@ def scoped_candidate(fqn: str, module: nn.Module, own: Own) -> Candidate:
     if _take_site(candidate, module):
         return candidate
     candidate.obstacle = (
-        own.obstacle or _class_obstacle(module) or _weight_obstacle(*place_of(module, path))
+        own.obstacle or class_obstacle(module) or weight_obstacle(*place_of(module, path))
     )
     if candidate.obstacle is None:
         _measure(candidate, get_path(module, path), own.dim, 1)
@@ -246,7 +244,7 @@ def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:
         candidate = Candidate(join(fqn, path), join(fqn, owner), gm, path, kind, capture="graph")
         found.append(candidate)
         weight = gm.get_parameter(path)
-        candidate.obstacle = _tensor_obstacle(weight) or _graph_obstacle(gm, path, uses)
+        candidate.obstacle = tensor_obstacle(weight) or _graph_obstacle(gm, path, uses)
         if candidate.obstacle is None:
             groups = max(map(_groups, uses)) if kind.startswith("conv") else 1
             _measure(candidate, weight, uses[0].consumer.dim, groups)
@@ -303,74 +301,3 @@ def _measure(candidate: Candidate, weight: Tensor, dim: int, groups: int) -> Non
         candidate.reduced //= groups
     if candidate.kind.startswith("conv") and candidate.reduced == 1:
         candidate.obstacle = "depthwise: each filter reads a single channel"
-
-
-def _class_obstacle(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance, which a rewritten class would not run"
-    if SITES in module.__dict__ and not is_generated(type(module)):
-        return f"its class became {type(module).__name__} after it was sparsified"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is a ScriptModule; sparsify before torch.jit.script"
-    if base_class(module).forward is nn.Module.forward:
-        return f"{type(module).__name__} has no forward"
-    return None
-
-
-def _weight_obstacle(owner: nn.Module, name: str) -> str | None:
-    weight = owner._parameters.get(name)
-    if weight is None:
-        return _computed(owner, name) if hasattr(owner, name) else "it has no weight"
-    return _tensor_obstacle(weight)
-
-
-def _computed(owner: nn.Module, name: str) -> str:
-    """What makes a weight that is no parameter, and how to make it one again."""
-    if name in getattr(owner, "parametrizations", {}):
-        return (
-            "its weight is parametrized (torch.nn.utils.parametrize); remove_parametrizations "
-            "makes it a parameter again"
-        )
-    for made_of, what, undo in _COMPUTED:
-        if hasattr(owner, f"{name}_{made_of}"):
-            return f"its weight is computed by {what}; {undo} makes it a parameter again"
-    return _SOMEHOW
-
-
-def computed_since(host: nn.Module, site: Site) -> str | None:
-    """What became of the weight of a site that is no parameter any more; None if it is one.
-
-    `fold` would write to what the next forward computes anew.
-    """
-    owner, name = place_of(host, site.path)
-    if site.lowered or owner._parameters.get(name) is not None:
-        return None
-    weight = getattr(owner, name, None)
-    if not isinstance(weight, Tensor):
-        return GONE
-    reason = _computed(owner, name)
-    if reason == _SOMEHOW and weight._is_view():  # as FSDP1 shows parts of what it flattened
-        return None
-    return f"since it was sparsified, {reason}"
-
-
-_SOMEHOW = "its weight is not a parameter but computed"
-
-# What torch.nn.utils leaves beside a weight that its hooks compute before every forward.
-_COMPUTED = (
-    ("mask", "torch.nn.utils.prune", "prune.remove"),
-    ("g", "torch.nn.utils.weight_norm", "remove_weight_norm"),
-    ("u", "torch.nn.utils.spectral_norm", "remove_spectral_norm"),
-)
-
-
-def _tensor_obstacle(weight: Tensor) -> str | None:
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is lazy: run one forward to give it a shape"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}, which has no N:M order here (integer or quantized)"
-    # DTensor (FSDP2, tensor parallel) is a wrapper too, but one that nmfx works through.
-    wrapped = is_traceable_wrapper_subclass(weight) or is_traceable_wrapper_subclass(weight.data)
-    if wrapped and not type(weight.data).__module__.startswith("torch.distributed"):
-        return f"its weight is a {type(weight.data).__name__} (quantized or otherwise wrapped)"
-    return None

@@ -28,7 +28,8 @@ from ..ops.linear_nm import linear_nm
 from ..packing import detect_pattern
 from ..pattern import Pattern
 from ..tuning.shapes import Seen, describe
-from .candidates import Candidate, _tensor_obstacle
+from .candidates import Candidate
+from .obstacles import tensor_obstacle
 from .program import PackedWeight
 
 
@@ -120,7 +121,7 @@ def _judge(
         "graph" if place is not None else "leaf",
         groups,
     )
-    candidate.obstacle = _tensor_obstacle(weight) or _obstacle(candidate, weight, uses)
+    candidate.obstacle = tensor_obstacle(weight) or _obstacle(candidate, weight, uses)
     pattern = None
     if candidate.obstacle is None:
         pattern = detect_pattern(weight, dim)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..errors import NMError
-from .candidates import computed_since
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .guards import guard_class, guards
 from .holder import HOLDER, Holder, holder_of
 from .leaf import leaf_class
+from .obstacles import computed_since
 from .refs import iter_sites
 from .scoped import scoped_class
 from .sharding import fsdp_modules
