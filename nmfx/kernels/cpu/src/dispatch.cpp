@@ -1,6 +1,9 @@
 // Which instruction set this machine runs, decided once.
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,6 +23,17 @@ bool may_use_tiles() {
 #else
   return false;
 #endif
+}
+#endif
+
+#if defined(__x86_64__)
+// AMD before Zen 4 (families 17 and 18, and 19 with these models), see isa_avx2.cpp.
+bool is_before_zen4() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = (a >> 8 & 15) + (a >> 20 & 255), model = (a >> 4 & 15) | (a >> 12 & 0xf0);
+  return family < 0x19 || (family == 0x19 && (model < 0x10 || (model >= 0x20 && model < 0x60)));
 }
 #endif
 
@@ -49,11 +63,18 @@ const Isa* const kBestFirst[] = {
     &isa_portable,
 };
 
+const Isa* tuned(const Isa* isa) {
+#if defined(__x86_64__)
+  if (isa == &isa_avx2 && is_before_zen4()) return &isa_avx2_zen3;
+#endif
+  return isa;
+}
+
 const Isa* choose() {
   const char* pinned = getenv("NMFX_CPU_ISA");
   if (pinned && *pinned) return isa_by_name(pinned);  // the loader and the ops refuse a null
   for (const Isa* isa : kBestFirst)
-    if (has(isa->name)) return isa;
+    if (has(isa->name)) return tuned(isa);
   return &isa_portable;
 }
 
@@ -61,7 +82,7 @@ const Isa* choose() {
 
 const Isa* isa_by_name(const char* name) {
   for (const Isa* isa : kBestFirst)
-    if (!strcmp(isa->name, name) && has(name)) return isa;
+    if (!strcmp(isa->name, name) && has(name)) return tuned(isa);
   return nullptr;
 }
 

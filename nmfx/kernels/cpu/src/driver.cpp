@@ -29,8 +29,10 @@ thread_local Scratch scratch;
 bool takes_few(const Call& c, const Isa& isa) {
   if (!isa.few_rows || c.input.is_conv || !isa.has_few(c.weight.n, c.weight.m, c.weight.dtype))
     return false;
-  int column = c.weight.m <= 4 ? 0 : c.weight.m <= 8 ? 1 : 2;
-  return c.input.positions < isa.panel_from[c.weight.dtype == DType::bf16][column];
+  const int* from = isa.panel_from[c.weight.dtype == DType::bf16];
+  const int column = c.weight.m <= 4 ? 0 : c.weight.m <= 8 ? 1 : 2;
+  const bool one = c.weight.n == 1 && c.weight.m <= 8 && from[3];
+  return c.input.positions < from[one ? 3 : column];
 }
 
 void few_body(int64_t begin, int64_t end, void* context) {

@@ -46,7 +46,7 @@ struct Fetch {
   int64_t step;           // bytes to ask for with each two slots
 
   static Fetch near(bool two_streams, int64_t pair) {
-    return {two_streams ? 1024 : 4096, two_streams ? -1 : 1024, pair};
+    return {two_streams ? 2048 : 4096, two_streams ? 512 : 1024, pair};
   }
   static Fetch part(int64_t pass, int64_t passes, int64_t values, int64_t index, int64_t pair) {
     return {values + pass * values / passes, pass ? -1 : index, pair / passes};

@@ -19,6 +19,29 @@ struct V {
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F zero() { return _mm256_setzero_ps(); }
   static F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  // LANES values, each in all lanes. In registers: a load of four of them and four permutations
+  // leave the ports for loads to the panel.
+  template <int LANES>
+  struct Spread {
+    F value[LANES];
+    explicit Spread(const float* p) {
+      if constexpr (LANES == 1) value[0] = broadcast(p);
+      if constexpr (LANES == 2) {
+        const F two = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+        value[0] = _mm256_moveldup_ps(two);
+        value[1] = _mm256_movehdup_ps(two);
+      }
+      if constexpr (LANES >= 4)
+        for (int l = 0; l < LANES; l += 4) {
+          const F four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p + l));
+          value[l] = _mm256_permute_ps(four, 0x00);
+          value[l + 1] = _mm256_permute_ps(four, 0x55);
+          value[l + 2] = _mm256_permute_ps(four, 0xaa);
+          value[l + 3] = _mm256_permute_ps(four, 0xff);
+        }
+    }
+    F at(int l) const { return value[l]; }
+  };
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -57,9 +80,18 @@ struct V {
   // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
   template <int BITS, int STEP>
   static void offsets(const uint32_t* index, int shift, int32_t start, int32_t* out) {
-    Ints field = _mm256_and_si256(_mm256_srli_epi32(load_index(index), shift),
-                                  _mm256_set1_epi32((1 << BITS) - 1));
-    Ints offset = _mm256_mullo_epi32(field, _mm256_set1_epi32(STEP));
+    constexpr int kMask = (1 << BITS) - 1;
+    const Ints words = load_index(index);
+    Ints offset;
+    if constexpr ((STEP & (STEP - 1)) == 0) {
+      constexpr int kLog = __builtin_ctz(STEP);
+      offset = shift < kLog ? _mm256_slli_epi32(words, kLog - shift)
+                            : _mm256_srli_epi32(words, shift - kLog);
+      offset = _mm256_and_si256(offset, _mm256_set1_epi32(kMask << kLog));
+    } else {
+      offset = _mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi32(kMask));
+      offset = _mm256_mullo_epi32(offset, _mm256_set1_epi32(STEP));
+    }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                         _mm256_add_epi32(offset, _mm256_set1_epi32(start)));
   }
@@ -108,11 +140,32 @@ struct V {
 
 namespace nmfx {
 
-// Where the kernels cross, for fp32: AMD EPYC (Zen 3), 4096 x 4096 from memory, one thread, least
-// of 6, two processes each, few / panel in ms: 2:4 at 20 rows 8.1 / 9.0, at 24 rows 9.8 / 9.0, at
-// 28 rows 11.0 / 11.0; 2:8 at 10 rows 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78,
-// at 4 rows 0.73 / 0.75 (3072 x 768: 0.15 / 0.12). For bf16 from an earlier form of the kernels.
-const Isa isa_avx2 = {"avx2",  V::kLanes, 8,         V::kRows, kFewTile, false, {{24, 12, 4}, {32, 11, 5}},
-                      has_few, few,       few_input, panel,    panel_scratch, &masks_avx2};
+// Where the kernels cross: 4096 x 4096 from memory, one thread, fp32, few / panel in ms.
+//
+// AMD EPYC (Zen 4, its AVX-512 hidden by the virtual machine), least of 12 to 15 passes: 2:4 at 28
+// rows 9.5 / 9.9, at 32 rows 10.3 / 10.0; 2:8 at 20 rows 3.5 / 4.3, at 24 rows 4.3 / 4.4; 4:8 at 24
+// rows 8.3 / 8.3; 1:4 at 14 rows 3.1 / 3.2, at 16 rows 3.4 / 3.1; 1:8 at 12 rows 1.3 / 1.7, at 16
+// rows equal; 1:16 at 6 rows 0.62 / 0.63, at 7 rows 0.70 / 0.62.
+//
+// AMD before Zen 4 takes two operations to permute across 8 lanes. Zen 3, with a panel kernel that
+// was up to 15 % slower for few rows: 2:4 at 20 rows 8.1 / 9.0, at 24 rows 9.8 / 9.0; 2:8 at 10 rows
+// 3.3 / 3.7, at 12 rows 4.0 / 3.7; 1:16 at 3 rows 0.58 / 0.78, at 4 rows 0.73 / 0.75.
+constexpr Isa with(const int (&f32)[4], const int (&bf16)[4]) {
+  return {"avx2",
+          V::kLanes,
+          8,
+          V::kRows,
+          kFewTile,
+          false,
+          {{f32[0], f32[1], f32[2], f32[3]}, {bf16[0], bf16[1], bf16[2], bf16[3]}},
+          has_few,
+          few,
+          few_input,
+          panel,
+          panel_scratch,
+          &masks_avx2};
+}
+const Isa isa_avx2 = with({30, 22, 7, 15}, {28, 20, 7, 15});
+const Isa isa_avx2_zen3 = with({24, 12, 4, 0}, {32, 11, 5, 0});
 
 }  // namespace nmfx

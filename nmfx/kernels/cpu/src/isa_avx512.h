@@ -20,6 +20,12 @@ struct V {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F zero() { return _mm512_setzero_ps(); }
   static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  template <int LANES>
+  struct Spread {
+    const float* values;
+    explicit Spread(const float* p) : values(p) {}
+    F at(int l) const { return broadcast(values + l); }
+  };
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 

@@ -15,6 +15,12 @@ struct V {
   static void store(float* p, F v) { *reinterpret_cast<F*>(p) = v; }
   static F zero() { return F{}; }
   static F broadcast(const float* p) { return F{} + *p; }
+  template <int LANES>
+  struct Spread {
+    const float* values;
+    explicit Spread(const float* p) : values(p) {}
+    F at(int l) const { return broadcast(values + l); }
+  };
   static F fma(F a, F b, F c) { return a * b + c; }
 
   // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP

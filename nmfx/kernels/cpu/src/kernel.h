@@ -77,8 +77,9 @@ struct Isa {
   int few_rows;             // positions the few-rows kernel takes at once, 0: there is none
   int few_tile;             // most positions of a call of it
   bool bf16_dot;            // the few-rows kernel reads bf16 activations
-  // Positions from which the panel kernel is faster, for groups of up to 4, 8 and 16.
-  int panel_from[2][3];     // [f32, bf16]
+  // Positions from which the panel kernel is faster: for groups of up to 4, 8 and 16, and where one
+  // of up to 8 is kept (0: as the others).
+  int panel_from[2][4];     // [f32, bf16]
 
   bool (*has_few)(int n, int m, DType dtype);
   // `x`: activations (positions, ldx), float or with bf16_dot bf16, zero for 64 columns past the
@@ -97,7 +98,7 @@ struct Isa {
 
 extern const Isa isa_portable;
 #if defined(__x86_64__)
-extern const Isa isa_avx2;
+extern const Isa isa_avx2, isa_avx2_zen3;
 extern const Isa isa_avx512;
 extern const Isa isa_avx512_bf16;
 extern const Isa isa_amx_bf16;

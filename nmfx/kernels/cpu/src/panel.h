@@ -288,9 +288,10 @@ __attribute__((noinline)) void add_lanes(const int32_t* offsets, const float* va
     acc[l][r] = first ? V::zero() : V::load(sums + (l * R + r) * V::kLanes);
   for (int64_t s = 0; s < slots; s++, offsets += kBlock, values += kBlock, ahead += ahead_step) {
     if (R < kLong) __builtin_prefetch(ahead);
+    const typename V::template Spread<LANES> spread(values);
     NMFX_UNROLL for (int l = 0; l < LANES; l++) {
       const float* row = panel + offsets[l];
-      typename V::F value = V::broadcast(values + l);
+      const typename V::F value = spread.at(l);
       NMFX_UNROLL for (int r = 0; r < R; r++)
         acc[l][r] = V::fma(value, V::load(row + r * V::kLanes), acc[l][r]);
     }
