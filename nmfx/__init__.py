@@ -20,9 +20,10 @@ from .mask import is_nm, nm_mask
 from .metrics import Sad, sad
 from .monitor import Monitor
 from .ops.conv_nm import conv_nm
+from .ops.conv_semi_structured import conv_semi_structured as conv_semi_structured
 from .ops.keep import keep
 
-# These two are not public: unpickled graphs look for their nodes' functions here.
+# These three are not public: unpickled graphs look for their nodes' functions here.
 from .ops.linear_by_rows import linear_by_rows as linear_by_rows
 from .ops.linear_nm import linear_nm
 from .ops.linear_semi_structured import linear_semi_structured as linear_semi_structured

@@ -13,7 +13,7 @@ from .capture.site import MADE_ON, NOTES, marks_of
 from .capture.tied import refuse_tied_since
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
-from .mask import nm_project
+from .mask import DTYPES, nm_project
 from .ops.keep import keep
 from .ops.sharded import is_sharded, on_parts
 from .schedule import site_mask
@@ -76,7 +76,8 @@ def check_weights(model: nn.Module, inplace: bool) -> None:
     """Refuses what `bake` could not write, before it writes anything.
 
     Raises:
-        NMError: a weight that M does not divide any more, or, `inplace`, an inference tensor.
+        NMError: a weight that M does not divide any more, of another kind or of another shape than
+            its fixed mask, or, `inplace`, an inference tensor.
     """
     for ref in iter_sites(model):
         site = ref.site
@@ -88,6 +89,16 @@ def check_weights(model: nn.Module, inplace: bool) -> None:
                 f"{ref.name}: it was replaced since it was sparsified, and its dimension "
                 f"{site.dim} of {size} is not a multiple of {site.pattern.m}; give it "
                 f"{site.shape} again"
+            )
+        if ref.parameter.dtype not in DTYPES:
+            raise NMError(
+                f"{ref.name}: it was replaced since it was sparsified, and {ref.parameter.dtype} "
+                f"has no N:M order; give it a float weight again"
+            )
+        if site.state == "frozen" and site_mask(ref).shape != ref.parameter.shape:
+            raise NMError(
+                f"{ref.name}: it was replaced since its mask was fixed, and the mask has the shape "
+                f"{tuple(site_mask(ref).shape)}; give it such a weight again, or nmfx.unfreeze it"
             )
         if inplace and ref.parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise NMError(

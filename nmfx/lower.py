@@ -56,7 +56,9 @@ from .tuning.table import ASSUMED
 from .tuning.two_forms import check_keep
 from .tuning.whole import check_cuda_graph, whole_ms
 
-_UNTIMED = "tune=False: every layer that can be packed or compressed is. Nothing was timed."
+_UNTIMED = (
+    "tune=False: nothing was timed; all is packed or compressed whose row does not say why not"
+)
 _NOTHING_PACKED = (
     "nothing was packed: the N:M layers of this model have no packed kernel yet, so they are "
     "folded (dense, with exact zeros)."
@@ -121,7 +123,7 @@ def lower(
         inplace: lower `model` itself, layer by layer, and free its dense weights as it goes.
             An interruption leaves it folded, as `nmfx.fold` does, but for its batch norms.
         tune: False times nothing: every layer that can be packed is (on a GPU, semi-structured
-            where that is possible).
+            where that is possible, and of the convolutions only those of 1 x 1).
         keep: two of "packed", "semi_structured" and "dense", in any order; None keeps one form.
             Give example inputs with few and with many rows.
         cuda_graph: the model will run in CUDA graphs (`torch.compile(mode="reduce-overhead")`, or

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
 from .capture.packed import packed_weight_bytes
+from .capture.refs import GONE, weight_or_none
 from .capture.sharding import BEFORE, refuse_sharded
 from .capture.site import get_path
 from .errors import NMError
@@ -91,7 +92,9 @@ def _choice(
 ) -> Choice:
     if candidate.site is not None and candidate.site.lowered:
         return stays_dense("it is lowered already")
-    weight = get_path(candidate.host, candidate.path)
+    weight = weight_or_none(candidate.host, candidate.path)
+    if weight is None:
+        raise NMError(f"{candidate.name}: {GONE}")
     if weight.is_meta:
         raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to time")
     obstacle = obstacle_to_packing(candidate, pattern, weight)

@@ -654,11 +654,15 @@ def with_another_child(attention: nn.Module) -> None:
     attention.out_proj = nn.Identity()
 
 
+def with_none(attention: nn.Module) -> None:
+    attention.out_proj = None
+
+
 def without_weight(attention: nn.Module) -> None:
     attention.out_proj._parameters["weight"] = None
 
 
-@pytest.mark.parametrize("take", [without_child, with_another_child, without_weight])
+@pytest.mark.parametrize("take", [without_child, with_another_child, with_none, without_weight])
 def test_verbs_refuse_a_layer_whose_weight_is_gone(
     take: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
@@ -672,6 +676,7 @@ def test_verbs_refuse_a_layer_whose_weight_is_gone(
         "fold": nmfx.fold,
         "lower": lambda net: nmfx.lower(net, tune=False),
         "save": lambda net: nmfx.save(net, tmp_path / "model.safetensors"),
+        "preview": lambda net: nmfx.preview(net, "2:4"),
         "unsparsify": nmfx.unsparsify,
     }
     for name, verb in verbs.items():
@@ -719,3 +724,32 @@ def test_torch_jit_trace_records_the_masks(kind: str, grad: bool, frozen: bool) 
     for mine, its in zip(run(model)[1], run(traced)[1], strict=True):
         assert torch.equal(mine, its)
     assert torch.equal(run(model)[0], run(traced)[0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_weight_of_another_kind_is_refused_before_any_is_pruned(
+    frozen: bool, inplace: bool
+) -> None:
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(16, 16)), {"[01]": "2:4"})
+    if frozen:
+        nmfx.freeze(model)
+        model[1].weight = nn.Parameter(torch.randn(32, 32))
+    else:
+        model[1].weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+    before = model[0].weight.detach().clone()
+    for verb in (nmfx.fold, nmfx.lower):
+        with pytest.raises(nmfx.NMError, match=r"^1\.weight: it was replaced since "):
+            verb(model, inplace=inplace)
+        assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", ["weight_values", "weight_index"])
+def test_packed_tensors_that_are_gone_or_cut_are_refused(name: str) -> None:
+    x = torch.randn(2, 16)
+    for change in (lambda t: None, lambda t: t[:-1].clone()):
+        model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 16)), {"0": "2:4"})
+        fast = nmfx.lower(model, (x,), tune=False)
+        fast[0]._buffers[name] = change(fast[0]._buffers[name])
+        with pytest.raises(nmfx.NMError, match=r"^0\.weight: "):
+            nmfx.fold(fast)

@@ -169,7 +169,7 @@ def test_tune_false_packs_everything_and_asks_nothing(monkeypatch: pytest.Monkey
     assert not fake.asked
     report = nmfx.report(lowered)
     assert report.notes[0] == (
-        "tune=False: every layer that can be packed or compressed is. Nothing was timed."
+        "tune=False: nothing was timed; all is packed or compressed whose row does not say why not"
     )
     assert all(row.ratio is None and row.rows == () for row in report)
 

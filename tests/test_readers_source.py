@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +179,10 @@ class Shows(nn.Module):
     def circular_weight(self) -> Tensor:
         return self.circular_weight if self.training else self.weight
 
+    @functools.cached_property
+    def first_weight(self) -> Tensor:
+        return self.inner.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
 
@@ -206,6 +212,13 @@ class OfPropertyOfProperty(Hiding):
         return self.o(self.l(F.linear(self.s(x), self.s.circular_weight)))
 
 
+class OfCachedProperty(Hiding):
+    reads = ("s.inner",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.l(self.s(x) + self.s.first_weight.sum()))
+
+
 class OfMethod(Hiding):
     reads = ("l",)
 
@@ -215,7 +228,7 @@ class OfMethod(Hiding):
 
 READERS: list[Any] = [
     Pairs, Display, Group, Enumerated, Zipped, Sliced, Values, Items, Annotated, Chosen, Itself,
-    OfAttention, Nested, OfProperty, OfPropertyOfProperty, OfMethod,
+    OfAttention, Nested, OfProperty, OfPropertyOfProperty, OfCachedProperty, OfMethod,
 ]  # fmt: skip
 
 
@@ -401,3 +414,53 @@ def test_an_attribute_that_was_set_before_an_error_is_kept() -> None:
     with pytest.raises(ValueError, match="nan"):
         model(X * float("nan"))
     assert model.seen == "nan"
+
+
+class Starts(nn.Linear):
+    def init_weights(self, value: float) -> None:
+        nn.init.constant_(self.weight, value)
+
+
+class Prepares(nn.Module):
+    """A parent that has a child set its own weight, outside of any forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.o = Starts(16, 16), nn.Linear(16, 4)
+
+    def prepare(self, value: float) -> None:
+        self.l.init_weights(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.l(x))
+
+
+def test_methods_that_set_a_weight_are_no_reads_of_it() -> None:
+    model = nmfx.sparsify(Prepares(), "2:4")
+    model.prepare(3.0)
+    assert (model.l.weight == 3.0).all()
+    assert weights_read(model, Prepares).read == set()
+
+
+class Keeps(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.q.weight
+        return self.used(x @ self.last)
+
+
+def test_a_weight_that_a_forward_keeps_is_the_real_one() -> None:
+    model = nmfx.sparsify(Keeps(), "2:4")
+    names = list(model.state_dict())
+    model(X).sum().backward()
+    assert model.last is model.q.weight
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(X), model(X))
+
+
+def test_what_a_cached_property_keeps_is_made_of_todays_mask() -> None:
+    model = nmfx.sparsify(OfCachedProperty(), "2:4")
+    for _ in range(2):
+        torch.testing.assert_close(model(X), nmfx.fold(model)(X))
+        with torch.no_grad():
+            model.s.inner.weight.mul_(-2).add_(0.1)

@@ -78,7 +78,7 @@ def test_table_of_a_lowered_model() -> None:
         "",
         f"2 of 4 layers and {768 / 896:.1%} of their 896 weights are N:M sparse "
         "(N:M keeps N of every M); 3,584 bytes dense, 1,536 as stored",
-        "tune=False: every layer that can be packed or compressed is. Nothing was timed.",
+        "tune=False: nothing was timed; all is packed or compressed whose row does not say why not",
         status(),
     ]
 

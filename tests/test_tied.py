@@ -284,3 +284,72 @@ def test_the_report_says_so_only_where_the_dense_weight_is_gone(
     assert states(fast)["out.weight"] == "prepacked"
     assert fast.out.weight is fast.embed.weight
     assert "keeps a dense copy" not in str(nmfx.report(fast))
+
+
+class ManyNames(nn.Module):
+    """Three linears and an embedding, of which the last is declared last, share a weight."""
+
+    def __init__(self, embedded: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+        if embedded:
+            self.embed = nn.Embedding(8, 8)
+            self.embed.weight = self.a.weight
+        self.b.weight = self.c.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(self.b(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_weight_of_many_names_is_one_parameter_again(embedded: bool) -> None:
+    x = torch.randn(3, 8)
+    fast = nmfx.lower(nmfx.sparsify(ManyNames(embedded), "2:4", tied=True), (x,), tune=False)
+    kept = fast.embed.weight if embedded else None
+    again = nmfx.fold(fast, inplace=True)
+    names = ["a", "b", "c", *(["embed"] if embedded else [])]
+    assert len({id(getattr(again, name).weight) for name in names}) == 1
+    assert kept is None or again.a.weight is kept, "the one that was dense all the time"
+
+
+def test_ties_are_found_again_around_and_inside_the_lowered_model() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.other = Tied(), Tied()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids) + self.other(ids)
+
+    rules = {"*.out": "2:4", "*": "2:4"}
+    fast = nmfx.lower(nmfx.sparsify(Outer(), rules, tied=True), (IDS,), tune=False)
+    wrapped = nmfx.fold(nn.ModuleDict({"net": fast}))["net"]
+    part = nmfx.fold(fast.inner)
+    for model in (wrapped.inner, wrapped.other, part):
+        assert model.out.weight is model.embed.weight
+    assert wrapped.inner.out.weight is not wrapped.other.out.weight
+
+
+def test_a_part_gets_no_ties_that_its_names_would_suggest() -> None:
+    """A name of the whole model may be that of something else in a part of it."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+            self.part = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+            self.head = nn.Linear(8, 4)
+            with torch.no_grad():
+                for name in ("a", "b"):
+                    self.part[name].weight.copy_(self.a.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.part["b"](self.part["a"](self.b(self.a(x)))))
+
+    fast = nmfx.lower(nmfx.sparsify(Outer(), "2:4", tied=True), (torch.randn(2, 8),), tune=False)
+    again = nmfx.fold(fast)
+    assert again.a.weight is again.b.weight
+    for part in (again.part, nmfx.fold(fast.part)):
+        assert part["a"].weight is not part["b"].weight

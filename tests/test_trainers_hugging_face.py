@@ -231,6 +231,23 @@ def test_masks_are_free_again_when_one_trainer_trains_twice(tmp_path: Path) -> N
         trainer_of(tmp_path, 0, planned(4), max_steps=6, model=trainer.model).train()
 
 
+def test_masks_are_free_again_after_a_best_model_was_loaded(tmp_path: Path) -> None:
+    trainer = Trainer(
+        bert(),
+        arguments(
+            tmp_path, max_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True
+        ),
+        train_dataset=sentences(),
+        eval_dataset=sentences(4),
+        callbacks=[planned(2)],
+    )
+    trainer.train()
+    assert {row.state for row in nmfx.report(trainer.model) if row.pattern} == {"frozen"}
+    trainer.args.max_steps, trainer.args.load_best_model_at_end = 1, False
+    trainer.train()
+    assert {row.state for row in nmfx.report(trainer.model) if row.pattern} == {"sparse"}
+
+
 def test_a_checkpoint_elsewhere_is_named_and_recognized_by_its_weights(tmp_path: Path) -> None:
     interrupted(tmp_path / "one", 6)
     checkpoint = tmp_path / "one" / "checkpoint-8"

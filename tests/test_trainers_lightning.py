@@ -275,13 +275,7 @@ def test_a_checkpoint_is_tested_with_its_masks(tmp_path: Path) -> None:
     loader = DataLoader(rows(), 16)
     expected = trainer.test(module, loader, verbose=False)
     fresh = Module(seed=5)
-    other = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[planned(4)],
-    )
+    other = evaluator(planned(4))
     assert other.test(fresh, loader, ckpt_path=tmp_path / "it.ckpt", verbose=False) == expected
     assert_identical(nmfx.state_dict(module), nmfx.state_dict(fresh))
 
@@ -290,14 +284,7 @@ def test_a_checkpoint_is_tested_with_its_masks(tmp_path: Path) -> None:
 def test_a_dense_module_is_evaluated_as_it_is(verb: str) -> None:
     module = Module()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[planned(4)],
-    )
-    getattr(trainer, verb)(module, DataLoader(rows(), 16), verbose=False)
+    getattr(evaluator(planned(4)), verb)(module, DataLoader(rows(), 16), verbose=False)
     assert all(row.state == "dense" for row in nmfx.report(module).rows)
     assert type(module.net.fc1) is nn.Linear
     assert_identical(before, dict(module.state_dict()))
@@ -312,6 +299,37 @@ def test_masks_are_free_again_in_a_second_fit() -> None:
     assert nmfx.report(module).rows[0].pattern.text == "3:4"
     fit(module, callback, max_steps=6)
     assert nmfx.report(module).rows[0].state == "frozen"
+
+
+def evaluator(callback: Callback) -> Any:
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[callback],
+    )
+
+
+def test_masks_are_free_again_whatever_came_between_two_fits(tmp_path: Path) -> None:
+    module, callback, loader = Module(), planned(2), DataLoader(rows(), 16)
+    trainer, _ = fit(module, callback, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    evaluator(callback).validate(module, loader, ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    fit(Module(seed=3), callback, max_steps=1)  # another module
+    assert nmfx.report(module).rows[0].state == "frozen"
+    fit(module, callback, max_steps=1)
+    assert nmfx.report(module).rows[0].state == "sparse"
+
+
+def test_a_checkpoint_after_an_evaluation_lacks_nothing(tmp_path: Path) -> None:
+    module, callback = Module(), planned(2)
+    trainer, _ = fit(module, callback, max_steps=3)
+    trainer.validate(module, DataLoader(rows(), 16), verbose=False)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    again = Module(seed=4)
+    fit(again, planned(2), path=tmp_path / "it.ckpt", max_steps=4)
+    assert nmfx.report(again).rows[0].state == "frozen"
 
 
 def test_one_trainer_can_fit_test_and_resume(tmp_path: Path) -> None:

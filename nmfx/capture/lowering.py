@@ -191,7 +191,7 @@ class Target:
             threshold=threshold,
             order=tuple(self._order),
             requires_grad=self._requires_grad,
-            tied=c.tied,
+            tied=(c.name, *c.tied) if c.tied else (),
         )
         store.__dict__[SITES] = [*store.__dict__.get(SITES, ()), site]
         refresh(c.host, store)

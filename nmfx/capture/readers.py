@@ -89,7 +89,7 @@ _hidden: weakref.WeakKeyDictionary[type, dict[str, set[Chain]]] = weakref.WeakKe
 
 def _behind(base: type[nn.Module], name: str) -> set[Chain]:
     """What a property or method of a child, called after a weight, reads of the child."""
-    if base.__module__.startswith("torch."):
+    if base.__module__.startswith("torch.") or name.startswith(_CHANGING):
         return set()
     known = _hidden.setdefault(base, {})
     if name not in known:
@@ -132,6 +132,8 @@ _SETUP = (
         "extra_",
     ),
 )
+# Those that a parent calls to change what is below it.
+_CHANGING = tuple(prefix for prefix in _SETUP if prefix != "get_")
 # Base classes that do nothing else besides calling `forward`.
 _BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation")
 
@@ -191,7 +193,8 @@ def _definitions(base: type, name: str) -> Iterator[types.FunctionType]:
         if parent is nn.Module:
             return
         found = parent.__dict__.get(name)
-        found = getattr(found, "fget", None) or getattr(found, "__func__", found)
+        for inside in ("fget", "func", "__func__"):  # of a property, a cached one, a class method
+            found = getattr(found, inside, None) or found
         found = inspect.unwrap(found) if callable(found) else None
         if isinstance(found, types.FunctionType):
             yield found

@@ -59,7 +59,8 @@ class Site:
         threshold: of a layer in two forms: inputs of up to so many rows use the first; else 0.
         order: of a lowered weight: the parameters of its owner as they stood before, by name.
         requires_grad: of a lowered weight: what the parameter was set to.
-        tied: of a lowered weight: its other names in the whole model, see `tied.retie`.
+        tied: of a lowered weight: its name in the whole model, and the others that it had, if any;
+            see `tied.retie`.
     """
 
     path: str
@@ -163,9 +164,10 @@ def place_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
     """
     owner, _, name = path.rpartition(".")
     try:
-        return (get_path(host, owner) if owner else host), name
+        found = get_path(host, owner) if owner else host
     except AttributeError:
-        return nn.Module(), name
+        found = None
+    return (found if isinstance(found, nn.Module) else nn.Module()), name
 
 
 def join(*names: str) -> str:

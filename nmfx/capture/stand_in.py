@@ -8,6 +8,7 @@ back to the module; what it writes to a weight would be lost, and is an error.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ def run_with(
         with _swapped(module, weights):
             return method(module, *args, **kwargs)
     made: list[_Copy] = []
-    stand_in = _with_weights(module, weights, made)
+    real = {id(tensor): get_path(module, path) for path, tensor in weights.items()}
+    stand_in = _with_weights(module, weights, made, real)
     handed = [
         (path, tensor, _version(tensor))
         for path, tensor in weights.items()
@@ -85,8 +87,10 @@ def _flat_weights(module: Any) -> list[Any]:
 class _Copy:
     """A shallow copy of a module that stands for it during one call."""
 
-    def __init__(self, module: nn.Module, copy: nn.Module, replaced: set[str]) -> None:
-        self._module, self._copy, self._replaced = module, copy, replaced
+    def __init__(
+        self, module: nn.Module, copy: nn.Module, replaced: set[str], real: dict[int, Any]
+    ) -> None:
+        self._module, self._copy, self._replaced, self._real = module, copy, replaced, real
         self._before = self._attributes()
 
     def _attributes(self) -> dict[str, Any]:
@@ -95,9 +99,17 @@ class _Copy:
         return {name: value for name, value in fields.items() if name not in self._replaced}
 
     def carry_back(self) -> None:
-        """Sets on the module what a forward set on the copy."""
+        """Sets on the module what a forward set on the copy, real weights in place of masked ones.
+
+        All but what a cached property keeps: it may be made of masked weights, which change.
+        """
         for name, value in self._attributes().items():
-            if name not in self._before or self._before[name] is not value:
+            kept = isinstance(getattr(type(self._copy), name, None), functools.cached_property)
+            if kept or (name in self._before and self._before[name] is value):
+                continue
+            if id(value) in self._real:  # not by `setattr`, which would make it a parameter
+                self._module.__dict__[name] = self._real[id(value)]
+            else:
                 setattr(self._module, name, value)
 
 
@@ -105,13 +117,18 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def _with_weights(
-    module: nn.Module, weights: Mapping[str, Tensor], made: list[_Copy], hooks: bool = False
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    made: list[_Copy],
+    real: dict[int, Any],
+    hooks: bool = False,
 ) -> nn.Module:
     """A shallow copy of `module` with other tensors at the given parameter paths.
 
     Args:
         module, weights: see `run_with`.
         made: gets this copy and those below it.
+        real: by the identity of such a tensor, what it stands for.
         hooks: whether hooks may run on the copy; they are told of the module itself.
     """
     fields = dict(module.__dict__)
@@ -130,7 +147,8 @@ def _with_weights(
             fields["_parameters"][child] = tensor
             fields.pop(child, None)  # FSDP and replicas set parameters as plain attributes
     for child, tensors in below.items():
-        fields["_modules"][child] = _with_weights(fields["_modules"][child], tensors, made, True)
+        old = fields["_modules"][child]
+        fields["_modules"][child] = _with_weights(old, tensors, made, real, hooks=True)
     for table in _HOOKS if hooks else ():
         if fields.get(table):
             told = ((key, _told(module, hook)) for key, hook in fields[table].items())
@@ -140,7 +158,7 @@ def _with_weights(
     copy.__dict__.update(fields)
     if _FLAT in fields:
         copy.__dict__[_FLAT] = _flat_weights(copy)
-    made.append(_Copy(module, copy, replaced))
+    made.append(_Copy(module, copy, replaced, real))
     return copy
 
 

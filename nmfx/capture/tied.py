@@ -119,15 +119,39 @@ def retie(model: nn.Module, ties: Mapping[str, tuple[str, ...]]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, others in ties.items():
-        for other in others:
-            (owner, key), (partner, its) = (_place(modules, one) for one in (name, other))
-            mine, parameter = owner.get(key), partner.get(its)
-            if mine is None or parameter is None or mine is parameter:
-                continue
-            kinds = [(one.shape, one.dtype, one.device) for one in (mine, parameter)]
-            if kinds[0] == kinds[1] and same_values(mine.detach(), parameter.detach()):
-                owner[key] = parameter
-                break
+        # One parameter for all: what was dense all the time, if there is such.
+        names = sorted((name, *others), key=lambda one: (one in ties, one))
+        first: nn.Parameter | None = None
+        for table, key in (_place(modules, one) for one in names):
+            parameter = table.get(key)
+            if first is None:
+                first = parameter
+            elif parameter is not None and parameter is not first and _same(first, parameter):
+                table[key] = first
+
+
+def _same(one: nn.Parameter, other: nn.Parameter) -> bool:
+    kinds = [(p.shape, p.dtype, p.device) for p in (one, other)]
+    return kinds[0] == kinds[1] and same_values(one.detach(), other.detach())
+
+
+def names_now(name: str, then: tuple[str, ...]) -> tuple[str, ...]:
+    """What the other names of a tied weight are in the model that it is in now.
+
+    Args:
+        name: of the weight in that model: a part of the one that was lowered, or one around it.
+        then: its name in the one that was lowered, and the others; or nothing.
+    """
+    if not then:
+        return ()
+    own, others = then[0], then[1:]
+    if f".{name}".endswith(f".{own}"):
+        prefix = name[: len(name) - len(own)]
+        return tuple(prefix + other for other in others)
+    if own.endswith(f".{name}"):
+        prefix = own[: len(own) - len(name)]
+        return tuple(other[len(prefix) :] for other in others if other.startswith(prefix))
+    return ()
 
 
 def _place(

@@ -13,17 +13,18 @@ that. Nothing is undone here; the caller has a `Snapshot`.
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import NMError
 from ..graph.densify import replace_with_dense
 from ..kernels import semi_structured
-from .forms import compressed_names
+from .forms import compressed_names, forms_of
 from .fuse_activation import put_back
 from .lowering import Target
-from .refs import SiteRef, iter_sites
+from .packed import packed_weight_shapes
+from .refs import SiteRef, iter_sites, weight_or_none
 from .site import get_path, stored_names
-from .tied import retie
+from .tied import names_now, retie
 
 
 def lowered_sites(model: nn.Module) -> list[SiteRef]:
@@ -35,7 +36,7 @@ def lowered_sites(model: nn.Module) -> list[SiteRef]:
     refs = [ref for ref in iter_sites(model) if ref.site.lowered]
     for ref in refs:
         site = ref.site
-        stored = get_path(ref.host, stored_names(site)[0])
+        stored = _stored(ref)
         if stored.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
         if site.state != "semi_structured":
@@ -52,6 +53,22 @@ def lowered_sites(model: nn.Module) -> list[SiteRef]:
                 f"and it is on {here}; move the model back there and fold it there"
             )
     return refs
+
+
+def _stored(ref: SiteRef) -> Tensor:
+    """The first of the tensors that hold a lowered weight; all of them are looked at."""
+    site, tensors = ref.site, []
+    for name in stored_names(site):
+        tensor = weight_or_none(ref.host, name)
+        if tensor is None:
+            raise NMError(f"{ref.name}: its {name} is gone since it was lowered")
+        tensors.append(tensor)
+    if "packed" in forms_of(site.state):
+        wanted = packed_weight_shapes(site.shape, site.dim, site.groups, site.pattern)
+        found = [tuple(tensor.shape) for tensor in tensors[:2]]
+        if found != list(wanted):
+            raise NMError(f"{ref.name}: packed it has the shapes {wanted}, and here are {found}")
+    return tensors[0]
 
 
 def make_dense(model: nn.Module) -> None:
@@ -71,4 +88,4 @@ def make_dense(model: nn.Module) -> None:
                 stored = stored_names(site)[0]
                 replace_with_dense(ref.host.graph, stored, site.path, site.kind, site.shape)
             Target.of_site(ref).restore_weight()
-        retie(model, {ref.name: ref.site.tied for ref in refs})
+        retie(model, {ref.name: names_now(ref.name, ref.site.tied) for ref in refs})

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NMError
 from .linear_semi_structured import linear_semi_structured
+from .packed import is_autocast
 from .pictures import as_pictures, memory_format, patches
 
 
@@ -61,6 +62,8 @@ def conv_semi_structured(
     )
     if has_torch_function(tensors):  # fx proxies record this call as one node
         return handle_torch_function(conv_semi_structured, tensors, *tensors, *constants)
+    if is_autocast(input) and torch.get_autocast_dtype(input.device.type) == dtype:
+        input = input.to(dtype)  # before there are more of it
     if groups != 1:
         raise NMError(f"a compressed convolution has one group, got groups={groups}")
     p = as_pictures(input, weight_shape, stride, padding, dilation, "conv_semi_structured")
@@ -73,7 +76,9 @@ def conv_semi_structured(
     rows = patches(p.x, p.kernel_size, p.stride, p.padding, p.dilation)
     weight: tuple[Any, ...] = (compressed, meta, bias, outputs, rows.shape[-1], dtype, algorithms)
     out = linear_semi_structured(rows, *weight).movedim(-1, 1)
-    return p.restored(out.contiguous(memory_format=memory_format(p.x)))
+    # Channels-last as it comes.
+    last = memory_format(p.x) is torch.channels_last
+    return p.restored(out if last else out.contiguous())
 
 
 conv_semi_structured.__module__ = "nmfx"  # generated code reads `nmfx_conv_semi_structured(`

@@ -91,13 +91,13 @@ def conv(
         return unpacked_conv(*call)
     batch, _, height, width = output_shape(*call)
     rows, channels = batch * height * width, input.shape[1]
+    columns = channels * kernel_size[0] * kernel_size[1]
     if rows > triton_packed.most_rows(values, n, m):
-        columns = channels * kernel_size[0] * kernel_size[1]
         weight = triton_packed.unpack(values, index, out_channels, columns, n, m)
         weight = weight.view(out_channels, *kernel_size, channels).movedim(-1, 1)
         out = ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation))
     else:
-        flat = patches(input, *window).reshape(rows, -1)
+        flat = patches(input, *window).reshape(rows, columns)
         y = triton_packed.linear(flat, values, index, bias, out_channels, n, m, activation)
         out = y.view(batch, height, width, out_channels).movedim(-1, 1)
     return out.contiguous(memory_format=memory_format(input))

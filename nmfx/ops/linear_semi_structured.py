@@ -74,6 +74,7 @@ def linear_semi_structured(
                 f"model after .to({target})"
             )
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    constants = (out_features, in_features, dtype, algorithms or (1, 0))
     return run_op(_op, input, compressed, bias, input, compressed, meta, bias, *constants)
 
 

@@ -95,8 +95,11 @@ def _check_packed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _check_compressed(name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
-    if len(layer.shape) > 4 or layer.groups > 1:
-        raise NMError(f"no such weight of {layer.shape} in {layer.groups} groups is compressed")
+    if len(layer.shape) > 4 or layer.groups > 1 or (len(layer.shape) > 2 and layer.dim != 1):
+        raise NMError(
+            f"a weight of shape {layer.shape}, groups {layer.groups} and dim {layer.dim} has no "
+            f"compressed form"
+        )
     for key in (*compressed_names(name), format_name(name)):
         if tensors[key].dtype != torch.uint8:
             raise NMError(f"{key} is {tensors[key].dtype}, not uint8")

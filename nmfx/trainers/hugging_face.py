@@ -99,7 +99,7 @@ class NMCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         self._plan.sparsify(model, state.global_step)
-        self._training = Training(model, self._plan, after=self._training)
+        self._training = Training(model, self._plan)
         if state.global_step and self._resume_from is not False:
             self._training.load_state_dict(self._saved_state(args, state, model))
         self._training.attach([kwargs["optimizer"]])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..capture.refs import iter_sites
 from ..policy import Rules
 from .plan import Plan
 from .training import Training
@@ -70,13 +71,11 @@ class NMCallback(Callback):
     ) -> None:
         self._plan, self._every = Plan(rules, lambda_w, pattern, freeze_at, per_layer), every
         self._training: Training | None = None
-        self._before: Training | None = None
         self._loaded: dict[str, Any] | None = None
         self._step = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Lightning restores callbacks after this, and before there are optimizers.
-        self._before = self._training or self._before
         self._training = self._loaded = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -84,7 +83,8 @@ class NMCallback(Callback):
         training.attach(trainer.optimizers)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._loaded is not None:  # a checkpoint, with masks of its own
+        # A checkpoint brings masks of its own, and one that is saved then must not lack them.
+        if self._loaded is not None or any(iter_sites(pl_module)):
             self._prepared(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -95,7 +95,7 @@ class NMCallback(Callback):
             # Not the step of a resumed run, which is not known yet: before_step follows.
             self._plan.sparsify(module, 0)
             every = self._every if self._every is not None else max(1, trainer.log_every_n_steps)
-            training = Training(module, self._plan, every, after=self._before)
+            training = Training(module, self._plan, every)
             if self._loaded is not None:
                 training.load_state_dict(self._loaded)
                 self._loaded = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -23,6 +24,7 @@ class Plan:
         pattern: function of the step, to what `nmfx.set_pattern` takes. None: as the model has it.
         freeze_at: the step before which all masks are fixed; `pattern` is not asked from then on.
         per_layer: whether measurements have the numbers of each layer, too.
+        fixed: the models whose masks it fixed, see `Training`.
 
     Raises:
         NMError: an argument that is none of these.
@@ -33,6 +35,7 @@ class Plan:
     pattern: Callable[[int], Rules] | None = None
     freeze_at: int | None = None
     per_layer: bool = False
+    fixed: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet, init=False)
 
     def __post_init__(self) -> None:
         if self.rules is not None:

@@ -33,27 +33,20 @@ class Training:
 
     Args:
         model: sparsified.
-        plan: what changes with the steps.
+        plan: what changes with the steps. Masks that it fixed in an earlier training of this model
+            are free again until its `freeze_at`, unless this one goes on where that one was.
         every: steps between two measurements; None measures only when asked to, by `measure`.
-        after: the training of the same plan before this one, or None. If it fixed the masks of this
-            model, they are free again until this one's `freeze_at`.
 
     Raises:
         NMError: no sparsified layer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        every: int | None = None,
-        after: Training | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, every: int | None = None) -> None:
         sites_of(model, "trainers")
         self._model, self._plan = model, plan
         self._monitor = Monitor(model, every=sys.maxsize if every is None else every)
         self._in_force: dict[str, Any] = {}
-        self._thaw = after is not None and after._model is model and "frozen" in after._in_force
+        self._resumed = False
 
     def attach(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[Attachment]:
         """`nmfx.attach`, to each of the optimizers that owns some of the sparsified weights.
@@ -88,10 +81,11 @@ class Training:
             self._once("lambda_w", lambda_w, set_lambda)
         if freeze_at is not None and step >= freeze_at:
             self._once("frozen", True, lambda model, _: freeze(model))
+            self._plan.fixed.add(self._model)
             return
-        if self._thaw:
+        if self._model in self._plan.fixed and not self._resumed:
             unfreeze(self._model)
-            self._thaw = False
+            self._plan.fixed.discard(self._model)
         if self._plan.pattern is not None:
             rules = self._plan.pattern(step)
             self._once("pattern", dict(rules) if isinstance(rules, Mapping) else rules, set_pattern)
@@ -122,6 +116,7 @@ class Training:
         return {
             "version": _VERSION,
             "model": state_dict(self._model),
+            "fixed": self._model in self._plan.fixed,
             "monitor": self._monitor.state_dict(),
         }
 
@@ -136,4 +131,6 @@ class Training:
         load_state_dict(self._model, state.get("model", {}))
         self._monitor.load_state_dict(state.get("monitor", {}))
         self._in_force.clear()
-        self._thaw = False
+        self._resumed = True
+        change = self._plan.fixed.add if state.get("fixed") else self._plan.fixed.discard
+        change(self._model)

@@ -64,17 +64,21 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
     """
     c = candidate
-    if weight.is_cuda and c.kind == "conv" and weight.shape[2:].numel() > 1:
+    on_gpu, is_conv = weight.is_cuda, c.kind == "conv"
+    if on_gpu and is_conv and weight.shape[2:].numel() > 1:
         return stays_dense(_UNFOLDED)
     layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False)
     reasons = layer.obstacles
-    for name in (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI):
+    if on_gpu and is_conv:
+        reasons = {**reasons, PACKED: reasons[PACKED] or _MANY_ROWS}
+    for name in (SEMI, PACKED) if on_gpu else (PACKED, SEMI):
         if reasons[name] is None:
             return _marked(Choice(name, 0.0, 0.0, ""), layer)
     return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED]}")
 
 
 _UNFOLDED = "on a GPU its input would be unfolded, which only measuring can justify"
+_MANY_ROWS = "packed it would be unpacked at every call, for all but the smallest pictures"
 _UNTRIED = "convolutions as products of patches have not yet run on a GPU: look at the outputs"
 
 

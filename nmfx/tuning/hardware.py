@@ -41,7 +41,9 @@ def processor(device: torch.device) -> str:
 def kernel_digest(device: torch.device = _CPU) -> str:
     """Tells one build of the kernels from another: the native ones, or Triton's sources."""
     if device.type == "cuda":
-        sources = sorted(Path(triton_packed.__file__).parent.glob("triton*.py"))
+        folder = Path(triton_packed.__file__).parent
+        sources = sorted(folder.glob("triton*.py"))
+        sources += [folder.parent / "ops" / name for name in ("cuda.py", "pictures.py")]
         return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     if cpu.isa() is None:
         return ""
