@@ -19,13 +19,24 @@ PEERS = ("onnxruntime", "openvino", "deepsparse", "transformers", "triton")
 
 
 def cpu_name() -> str:
-    """The CPU's model, from the system."""
+    """The CPU's model, from the system; with its generation where that is not in the name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
     found = re.search(r"model name\s*: (.*)", text)
-    return found[1].strip() if found else platform.machine()
+    return (found[1].strip() if found else platform.machine()) + _generation(text)
+
+
+def _generation(text: str) -> str:
+    """Of an AMD CPU that a virtual machine calls "AMD EPYC", by family and model."""
+    numbers = [re.search(rf"^{key}\s*: (\d+)$", text, re.M) for key in ("cpu family", "model")]
+    if "AuthenticAMD" not in text or None in numbers:
+        return ""
+    family, model = (int(number[1]) for number in numbers if number)
+    is_zen3 = model < 0x10 or 0x20 <= model < 0x60
+    name = {25: "Zen 3" if is_zen3 else "Zen 4", 26: "Zen 5"}.get(family)
+    return f" ({name})" if name else ""
 
 
 def capability() -> str:

@@ -12,6 +12,7 @@
 //   kHalves          vectors per block of 16
 //   kRegisters       vectors that the CPU holds
 //   kRows            rows of activations in one pass; up to kWholeRows of them take whole blocks
+//   kAhead, kIndexAhead  bytes that two streams ask for ahead, of values and index (-1: not at all)
 //   load/store/zero/fma, load_values(const T*), load_index, shift<..>
 //   Window<M>, window<M>(x), permute<M>(window, fields)
 #pragma once
@@ -46,7 +47,7 @@ struct Fetch {
   int64_t step;           // bytes to ask for with each two slots
 
   static Fetch near(bool two_streams, int64_t pair) {
-    return {two_streams ? 2048 : 4096, two_streams ? 512 : 1024, pair};
+    return {two_streams ? V::kAhead : 4096, two_streams ? V::kIndexAhead : 1024, pair};
   }
   static Fetch part(int64_t pass, int64_t passes, int64_t values, int64_t index, int64_t pair) {
     return {values + pass * values / passes, pass ? -1 : index, pair / passes};

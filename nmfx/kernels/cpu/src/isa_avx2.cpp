@@ -14,6 +14,9 @@ struct V {
   using F = __m256;
   using Ints = __m256i;
   static constexpr int kLanes = 8, kRegisters = 16, kHalves = 2, kRows = 8, kWholeRows = 4;
+  // AMD EPYC (Zen 4), 4096 x 4096, 1 row, ms, against 1024 and -1: 2:4 1.98 / 1.65, 1:4 1.11 / 0.99,
+  // 2:8 1.10 / 0.93, 1:16 0.28 / 0.25.
+  static constexpr int64_t kAhead = 2048, kIndexAhead = 512;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }

@@ -15,6 +15,7 @@ struct V {
   using F = __m512;
   using Ints = __m512i;
   static constexpr int kLanes = 16, kRegisters = 32, kHalves = 1, kRows = 8, kWholeRows = 8;
+  static constexpr int64_t kAhead = 1024, kIndexAhead = -1;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
