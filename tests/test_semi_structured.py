@@ -149,7 +149,9 @@ def test_no_library_for_other_devices(gpu: pytest.MonkeyPatch) -> None:
         (lambda w: w, None),
         (lambda w: w.float(), r"float16 or bfloat16, not torch.float32"),
         (lambda w: w[:, :-2], r"no groups of 4"),
-        (lambda w: w.view(32, 16, 2, 2), "linear layers"),
+        (lambda w: w.view(32, 64, 1, 1), None),
+        (lambda w: w[:, :, None].expand(32, 64, 3), None),
+        (lambda w: w.view(32, 32, 2).movedim(2, 1), "no groups of 4"),
         (lambda w: w[:9], "would not be smaller"),
         (lambda w: w[:0], "no groups of 4"),
         (lambda w: torch.ones_like(w), "more than 2 nonzeros"),
@@ -162,6 +164,12 @@ def test_the_values_decide(
     monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUTLASS)
     found = semi.why_not(change(weight(32, 64, torch.bfloat16)), 1)  # type: ignore[operator]
     assert found is None if reason is None else re.search(reason, str(found))
+
+
+def test_convolutions_in_groups_are_no_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUTLASS)
+    found = semi.why_not(weight(32, 64, torch.bfloat16).view(32, 64, 1, 1), 1, groups=2)
+    assert found == "a convolution in 2 groups is no one product"
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:8", "1:16", "2:16"])
