@@ -34,10 +34,11 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
         NMError: the weight breaks the pattern.
     """
     weight = weight.detach()
-    if weight.ndim > 2:
-        packed = pack_conv(weight, groups, pattern)
-    else:
-        packed = pack(as_matrix(weight, dim), pattern)
+    packed = (
+        pack(as_matrix(weight, dim), pattern)
+        if weight.ndim == 2
+        else pack_conv(weight, groups, pattern)
+    )
     again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
     if not same_values(again, weight):
         raise AssertionError("packing is not exact, please report this")
@@ -71,12 +72,9 @@ def check_weight(
     Raises:
         NMError: see `nmfx.packing.check_packed`.
     """
-    if len(shape) == 2:
-        return check_packed(values, index, *matrix_shape(shape, dim), pattern)
-    columns = torch.Size(shape[1:]).numel()
+    rows, columns = matrix_shape(shape, dim)
     for v, i in zip(values.chunk(groups), index.chunk(groups), strict=True):
-        check_packed(v, i, shape[0] // groups, columns, pattern)
-    return None
+        check_packed(v, i, rows // groups, columns, pattern)
 
 
 def check_same_weight(
@@ -120,9 +118,8 @@ def packed_weight_shapes(
     shape: tuple[int, ...], dim: int, groups: int, pattern: Pattern
 ) -> tuple[Shape, Shape]:
     """Shapes of (values, index) of such a weight."""
-    if len(shape) == 2:
-        return packed_shapes(*matrix_shape(shape, dim), pattern)
-    values, index = packed_shapes(shape[0] // groups, torch.Size(shape[1:]).numel(), pattern)
+    rows, columns = matrix_shape(shape, dim)
+    values, index = packed_shapes(rows // groups, columns, pattern)
     return (groups * values[0], *values[1:]), (groups * index[0], *index[1:])
 
 
@@ -130,10 +127,8 @@ def packed_weight_bytes(
     shape: tuple[int, ...], dim: int, groups: int, pattern: Pattern, itemsize: int
 ) -> int:
     """Bytes of such a weight when it is packed."""
-    if len(shape) == 2:
-        return packed_bytes(*matrix_shape(shape, dim), pattern, itemsize)
-    columns = torch.Size(shape[1:]).numel()
-    return groups * packed_bytes(shape[0] // groups, columns, pattern, itemsize)
+    rows, columns = matrix_shape(shape, dim)
+    return groups * packed_bytes(rows // groups, columns, pattern, itemsize)
 
 
 def compress_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, str]:

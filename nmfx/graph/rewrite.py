@@ -128,13 +128,9 @@ def replace_with_packed(
     `addmm` is taken as (bias, input, weight) with alpha = beta = 1: check with `can_pack`.
     """
     for use in uses:
-        node, (inputs, bias) = use.node, _operands(use)
-        target: Callable[..., object] = linear_nm
-        rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
-        if use.consumer.family == "conv":
-            constants = conv_arguments(node.target, node.args, node.kwargs).values()
-            target, rest = conv_nm, (*constants, tuple(shape))
-        with graph.inserting_before(node):
+        inputs, bias = _operands(use)
+        target, rest = _place_taker(use, shape, linear_nm, conv_nm)
+        with graph.inserting_before(use.node):
             packed = [graph.create_node("get_attr", name) for name in (values, index)]
             given: dict[str, Any] = {} if activation == "none" else {"activation": activation}
             arguments = (inputs, *packed, bias, *rest, pattern.n, pattern.m)
@@ -156,14 +152,10 @@ def replace_with_semi_structured(
     Check with `can_pack`, as for `replace_with_packed`.
     """
     for use in uses:
-        node, (inputs, bias) = use.node, _operands(use)
-        target: Callable[..., object] = linear_semi_structured
-        rest: tuple[Any, ...] = (shape[1 - use.consumer.dim], shape[use.consumer.dim])
-        if use.consumer.family == "conv":
-            constants = conv_arguments(node.target, node.args, node.kwargs).values()
-            target, rest = conv_semi_structured, (*constants, tuple(shape))
+        inputs, bias = _operands(use)
+        target, rest = _place_taker(use, shape, linear_semi_structured, conv_semi_structured)
         rest += (dtype, algorithms) if algorithms else (dtype,)
-        with graph.inserting_before(node):
+        with graph.inserting_before(use.node):
             tensors = [graph.create_node("get_attr", name) for name in (compressed, meta)]
             call = graph.call_function(target, (inputs, *tensors, bias, *rest))
         _swap(graph, use, call)
@@ -220,6 +212,17 @@ def replace_with_prepacked(
             call = graph.call_function(target, (inputs, use.weight, bias, *rest))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _place_taker(
+    use: Use, shape: tuple[int, ...], linear: Callable[..., Any], conv: Callable[..., Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Which function replaces a consumer, and what it is told of the layer behind the bias."""
+    node, dim = use.node, use.consumer.dim
+    if use.consumer.family == "conv":
+        constants = conv_arguments(node.target, node.args, node.kwargs).values()
+        return conv, (*constants, tuple(shape))
+    return linear, (shape[1 - dim], shape[dim])
 
 
 def _operands(use: Use) -> tuple[Any, Any]:

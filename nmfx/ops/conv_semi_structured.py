@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import NMError
 from .linear_semi_structured import linear_semi_structured
 from .packed import is_autocast
-from .pictures import as_pictures, memory_format, patches
+from .pictures import as_pictures, memory_format
 
 
 def conv_semi_structured(
@@ -73,7 +73,7 @@ def conv_semi_structured(
             f"input of shape {tuple(input.shape)} does not have the {channels} channels of a "
             f"weight of shape {tuple(weight_shape)}"
         )
-    rows = patches(p.x, p.kernel_size, p.stride, p.padding, p.dilation)
+    rows = p.patches()
     weight: tuple[Any, ...] = (compressed, meta, bias, outputs, rows.shape[-1], dtype, algorithms)
     out = linear_semi_structured(rows, *weight).movedim(-1, 1)
     # Channels-last as it comes.

@@ -69,37 +69,22 @@ def linear(
     return y.view(*input.shape[:-1], out_features)
 
 
-def conv(
-    input: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    n: int,
-    m: int,
-    activation: str,
-) -> Tensor:
+def conv(input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """nmfx::conv_nm: a packed product of patches, which are the rows; of many, as `linear`."""
-    window = kernel_size, stride, padding, dilation
-    call = input, values, index, bias, out_channels, *window, groups, n, m, activation
+    outputs, kernel_size, stride, padding, dilation, groups, n, m, activation = rest
     if groups > 1 or triton_packed.why_not(values, m):
-        return unpacked_conv(*call)
-    batch, _, height, width = output_shape(*call)
+        return unpacked_conv(input, values, index, bias, *rest)
+    batch, _, height, width = output_shape(input, values, index, bias, *rest)
     rows, channels = batch * height * width, input.shape[1]
     columns = channels * kernel_size[0] * kernel_size[1]
     if rows > triton_packed.most_rows(values, n, m):
-        weight = triton_packed.unpack(values, index, out_channels, columns, n, m)
-        weight = weight.view(out_channels, *kernel_size, channels).movedim(-1, 1)
+        weight = triton_packed.unpack(values, index, outputs, columns, n, m)
+        weight = weight.view(outputs, *kernel_size, channels).movedim(-1, 1)
         out = ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation))
     else:
-        flat = patches(input, *window).reshape(rows, columns)
-        y = triton_packed.linear(flat, values, index, bias, out_channels, n, m, activation)
-        out = y.view(batch, height, width, out_channels).movedim(-1, 1)
+        flat = patches(input, kernel_size, stride, padding, dilation).reshape(rows, columns)
+        y = triton_packed.linear(flat, values, index, bias, outputs, n, m, activation)
+        out = y.view(batch, height, width, outputs).movedim(-1, 1)
     return out.contiguous(memory_format=memory_format(input))
 
 

@@ -37,6 +37,10 @@ class Pictures:
     batched: bool
     dims: int
 
+    def patches(self) -> Tensor:
+        """See `patches`."""
+        return patches(self.x, self.kernel_size, self.stride, self.padding, self.dilation)
+
     def restored(self, out: Tensor) -> Tensor:
         """The result of the conv2d as that of the convolution."""
         out = out.squeeze(2) if self.dims == 1 else out

@@ -64,17 +64,17 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
     """
     c = candidate
-    on_gpu, is_conv = weight.is_cuda, c.kind == "conv"
-    if on_gpu and is_conv and weight.shape[2:].numel() > 1:
-        return stays_dense(_UNFOLDED)
     layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False)
+    forms: tuple[str, ...] = (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI)
+    if weight.is_cuda and c.kind == "conv":
+        if weight.shape[2:].numel() > 1:
+            return stays_dense(_UNFOLDED)
+        forms = (SEMI,)
     reasons = layer.obstacles
-    if on_gpu and is_conv:
-        reasons = {**reasons, PACKED: reasons[PACKED] or _MANY_ROWS}
-    for name in (SEMI, PACKED) if on_gpu else (PACKED, SEMI):
+    for name in forms:
         if reasons[name] is None:
             return _marked(Choice(name, 0.0, 0.0, ""), layer)
-    return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED]}")
+    return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED] or _MANY_ROWS}")
 
 
 _UNFOLDED = "on a GPU its input would be unfolded, which only measuring can justify"

@@ -43,7 +43,8 @@ def kernel_digest(device: torch.device = _CPU) -> str:
     if device.type == "cuda":
         folder = Path(triton_packed.__file__).parent
         sources = sorted(folder.glob("triton*.py"))
-        sources += [folder.parent / "ops" / name for name in ("cuda.py", "pictures.py")]
+        ops = ("cuda.py", "pictures.py", "conv_semi_structured.py")
+        sources += [folder.parent / "ops" / name for name in ops]
         return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     if cpu.isa() is None:
         return ""

@@ -24,7 +24,7 @@ from ..ops.conv_semi_structured import conv_semi_structured
 from ..ops.linear_nm import linear_nm
 from ..ops.linear_prepacked import linear_prepacked
 from ..ops.linear_semi_structured import linear_semi_structured
-from ..ops.pictures import as_pictures, patches
+from ..ops.pictures import as_pictures
 from ..ops.weight_copy import WeightCopy, can_prepack
 from ..packing import as_matrix
 from ..pattern import Pattern
@@ -219,7 +219,7 @@ def _convs(layer: Layer, bias: bool, rest: dict[str, Any]) -> dict[str, Callable
 
         def find(x: Tensor) -> int | None:
             p = as_pictures(x.to(weight.dtype), shape, stride, padding, dilation, "the layer")
-            rows = patches(p.x, p.kernel_size, p.stride, p.padding, p.dilation).flatten(0, 2)
+            rows = p.patches().flatten(0, 2)
             expected = F.linear(rows, as_matrix(weight), vector)
             return fastest_algorithm(rows, compressed, meta, vector, expected)
 
