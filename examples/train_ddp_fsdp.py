@@ -96,6 +96,7 @@ def main() -> None:
         torch.save(state, args.save)  # the keys of the dense model
         print(nmfx.report(model))
         print(f"loss {loss:.3f}, {moved.per_weight:.1%} of the mask moved, saved {args.save}")
+    dist.barrier()  # no rank leaves while another still works, or while gloo's threads do
     dist.destroy_process_group()
 
 

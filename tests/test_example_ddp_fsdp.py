@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_ddp_fsdp.py"
 sys.path.insert(0, str(EXAMPLE.parent))
 
+# FSDP2's mesh is kept by DTensor, and with it gloo's threads live on when Python ends: rarely (seen
+# once in some hundred runs) one of them then aborts its process, whose work was done.
+_LOST_THREAD = "terminate called without an active exception"
+
 
 @pytest.mark.parametrize(
     "options",
@@ -37,13 +41,11 @@ def test_the_example_trains_and_saves_a_dense_checkpoint(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    done = subprocess.run(
-        [*command, "--save", str(path), "--steps", "60", *options],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command += ["--save", str(path), "--steps", "60", *options]
+    for _ in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        if _LOST_THREAD not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     loss = float(re.search(r"loss ([\d.]+)", done.stdout)[1])
     assert loss < 2.0, done.stdout  # 2.30 is chance
