@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import NMError
+from .ops.sharded import local_part
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -160,4 +161,4 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [local_part(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .capture.copied import copied
 from .capture.install import check_classes
+from .capture.linear_part import has_parts
+from .capture.parts import join_parts
 from .capture.refs import SiteRef, iter_sites, sites_of
 from .capture.sharding import refuse_copy, reshard
 from .capture.site import MADE_ON, NOTES, marks_of
@@ -63,6 +65,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for key in (NOTES, MADE_ON):
             marks_of(model).pop(key, None)
         bake(model, begun)
+        join_parts(model)
     except BaseException:  # Ctrl-C too
         if begun:  # pruned weights are lost, so the way out is forward
             bake(model)
@@ -112,7 +115,7 @@ def _ready(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
     if isinstance(model, nn.Module):
         given, model = model, taken_over(model, inplace)
         inplace |= model is not given
-    if not isinstance(model, nn.Module) or not any(iter_sites(model)):
+    if not isinstance(model, nn.Module) or not (any(iter_sites(model)) or has_parts(model)):
         sites_of(model, "fold")  # tells what is wrong
     if not inplace:
         refuse_copy(model, "fold")

@@ -33,18 +33,22 @@ from .calls import (
 )
 from .capture.copied import copied
 from .capture.install import check_classes, install_guards
+from .capture.linear_part import has_parts
 from .capture.lowering import Target, Undo
+from .capture.parts import is_tensor_parallel, join_parts
 from .capture.refs import iter_sites
-from .capture.sharding import refuse_sharded
+from .capture.sharding import refuse_fsdp
 from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, stored_names
 from .capture.take_over import recompose
 from .capture.tied import refuse_tied_since
 from .errors import NMError
 from .fold import bake, check_weights
 from .fusing import Fusing
-from .plan import make_plan
+from .plan import Plan, make_plan
+from .ranks import TALKS, talks
 from .rounding import only_rounding_differs
 from .sparsify import taken_over, unchanged_if_refused
+from .tensor_parallel import IN_PARTS, in_parts, plan_in_parts
 from .tuning.bench import Bench
 from .tuning.choose import choose, choose_untimed
 from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
@@ -114,6 +118,12 @@ def lower(
     a ReLU, GELU or SiLU that is a module, or a node of a graph, is computed by the packed layer
     before it.
 
+    Of a tensor-parallel model (weights that `parallelize_module` cut, on one dimension of ranks)
+    every rank lowers its parts, and all of them must call. What ranks send each other stays as it
+    is; the whole model is not timed, since no rank may run it more often than another. A model
+    that FSDP shards has to be gathered first, and a lowered tensor-parallel one is not saved:
+    `nmfx.fold` makes DTensors of its parts again.
+
     Args:
         model: a sparsified model, or one whose weights satisfy an N:M pattern.
         example_inputs: a tuple is one call's arguments, a dict one call's keywords, a list several
@@ -138,23 +148,44 @@ def lower(
         NMError: no weight is N:M sparse, all of them are lowered already (`nmfx.fold` takes that
             back), a weight on the meta device, a `keep` that does not name two forms or comes with
             `tune=False`, a `cuda_graph` that cannot be timed, or outputs that differ.
-            With `inplace`, an error or interruption after the example inputs have run once leaves
-            a whole folded model; in all other cases nothing is changed.
+            With `inplace`, an error or interruption after the example inputs have run once (of a
+            tensor-parallel model, from the first run on) leaves a whole folded model; in all other
+            cases nothing is changed.
     """
     check_keep(keep, tune)
     calls = parse_calls(example_inputs)
     if cuda_graph:
         check_cuda_graph(model, calls, tune)
-    refuse_sharded(model, "lower")
+    refuse_fsdp(model, "lower")
     check_classes(model)
     refuse_tied_since(model)
     check_weights(model, inplace)
+    if is_tensor_parallel(model):
+        model = in_parts(model, inplace)
+        try:
+            plan = plan_in_parts(model)
+            return _lowered(model, plan, calls, inplace, tune, keep, cuda_graph)
+        except BaseException:  # Ctrl-C too
+            join_parts(model)
+            raise
     with unchanged_if_refused(model):
         given, model = model, taken_over(model, inplace)
         model = recompose(model, inplace or model is not given)
         make_plan(model)  # refuse before a copy is made
     model = model if inplace or model is not given else copied(model, "lower")
-    plan = make_plan(model)
+    return _lowered(model, make_plan(model), calls, inplace, tune, keep, cuda_graph)
+
+
+def _lowered(
+    model: nn.Module,
+    plan: Plan,
+    calls: list[Call],
+    inplace: bool,
+    tune: bool,
+    keep: Sequence[str] | None,
+    cuda_graph: bool,
+) -> nn.Module:
+    """`model`, lowered in place; `inplace` is what the caller asked for."""
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {
         join(ref.module_name, name.rpartition(".")[2])
@@ -168,15 +199,25 @@ def lower(
         try:
             bake(model)
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
-            dense_ms = whole_ms(model, calls, cuda_graph) if tune and targets else None
+            alone = not talks(model, calls)
+            if cuda_graph and not alone:
+                raise NMError(f"cuda_graph=True: {TALKS}; leave cuda_graph=False")
+            timed = tune and targets and alone
+            dense_ms = whole_ms(model, calls, cuda_graph) if timed else None
             fusing.fold_norms(targets)
             undo = Undo(model, targets)
-            job = _Job(model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph)
+            job = _Job(
+                model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph, alone
+            )
             notes = _tune(job, dense_ms) if tune else _pack_all(job)
             for candidate, reason in plan.dense:
                 if keep is not None and candidate.capture == "scoped":
                     reason = f"{reason}; {_NOT_LINEAR}"
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
+            if not alone and tune and targets:
+                notes.insert(0, TALKS)
+            if has_parts(model):
+                notes.insert(0, IN_PARTS)
             marks_of(model)[NOTES] = tuple(notes)
             marks_of(model).pop(MADE_ON, None)
         except BaseException:  # Ctrl-C too
@@ -202,6 +243,7 @@ class _Job:
     inplace: bool
     keep: Sequence[str] | None
     cuda_graph: bool
+    alone: bool
 
 
 def _pack_all(job: _Job) -> list[str]:
@@ -228,7 +270,7 @@ def _pack_all(job: _Job) -> list[str]:
 
 def _tune(job: _Job, dense_ms: float | None) -> list[str]:
     """Lowers each layer as measured; the notes for the report."""
-    if not job.targets:
+    if not job.targets and job.alone:  # others may have some, and run the model
         return [_NOTHING_PACKED]
     bench, seen = Bench(job.model), _record(job)
     memory = Returning()
@@ -241,8 +283,11 @@ def _tune(job: _Job, dense_ms: float | None) -> list[str]:
     job.fusing.fuse_activations(job.targets)
     unsteady = _check(job)
     notes = [] if job.calls else [ASSUMED]
-    lowered_ms = whole_ms(job.model, job.calls, job.cuda_graph)
-    if dense_ms is not None and lowered_ms is not None:
+    if not job.targets:
+        notes.append(_NOTHING_PACKED)
+    if dense_ms is not None:
+        lowered_ms = whole_ms(job.model, job.calls, job.cuda_graph)
+        assert lowered_ms is not None
         ratio = dense_ms / lowered_ms
         where = " in a CUDA graph" if job.cuda_graph else ""
         times = f"dense {dense_ms:.3f} ms, lowered {lowered_ms:.3f} ms ({ratio:.2f}x)"
@@ -330,7 +375,7 @@ def _check(job: _Job) -> list[str]:
     """
     hosts = {target.candidate.host for target in job.targets if target.state != DENSE}
     install_guards(job.model, hosts)
-    if not hosts:
+    if not hosts and job.alone:  # others may have lowered something, and run the model
         return []
     outputs = run_calls(job.model, job.calls)
     try:
@@ -338,7 +383,8 @@ def _check(job: _Job) -> list[str]:
             compare_outputs(job.expected[number], output, number)
     except NMError:
         gap = max(map(output_error, job.expected, outputs))
-        if not only_rounding_differs(job.model, job.calls, job.expected, outputs):
+        # Alone: what finds that out runs the model more often.
+        if not job.alone or not only_rounding_differs(job.model, job.calls, job.expected, outputs):
             raise
         return [_UNSTEADY.format(gap)]
     return []

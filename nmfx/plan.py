@@ -10,10 +10,12 @@ from .capture.candidates import Candidate, find_candidates, only_read
 from .capture.forms import compressed_names, packed_names
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
+from .capture.parts import why_whole
 from .capture.refs import SiteRef, iter_sites
 from .capture.site import SKIPPED, get_path, marks_of, place_of
 from .errors import NMError
 from .graph.rewrite import can_pack
+from .ops.sharded import is_sharded
 from .packing import detect_pattern, makes_smaller
 from .pattern import Pattern
 from .tuning.layers import PACKABLE
@@ -45,11 +47,12 @@ _NEVER_CALLED = (
 )
 
 
-def make_plan(model: nn.Module) -> Plan:
+def make_plan(model: nn.Module, required: bool = True) -> Plan:
     """Sorts all weights of a model that are not lowered yet; changes nothing.
 
     Raises:
-        NMError: no weight of the model is N:M sparse and not lowered, or one is on the meta device.
+        NMError: no weight of the model is N:M sparse and not lowered, if `required`; or one is on
+            the meta device.
     """
     refs = {ref.name: ref for ref in iter_sites(model)}
     plan, readers = Plan([], []), only_read(model)
@@ -67,7 +70,7 @@ def make_plan(model: nn.Module) -> Plan:
         else:
             assert reason is not None
             plan.dense.append((candidate, _for_report(candidate, ref, reason)))
-    if not any_sparse:
+    if required and not any_sparse:
         name, dense = type(model).__name__, plan.dense
         if any(ref.site.lowered for ref in refs.values()):
             raise NMError(
@@ -86,6 +89,8 @@ def _outcome(candidate: Candidate, ref: SiteRef | None) -> tuple[Pattern | None,
     if ref is None and candidate.obstacle is not None:
         return None, candidate.obstacle
     weight = get_path(candidate.host, candidate.path)
+    if is_sharded(weight):
+        return None, why_whole(place_of(candidate.host, candidate.path)[0])
     if weight.is_meta:
         raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
     pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern

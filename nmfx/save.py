@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes
+from .capture.sharding import refuse_parts
 from .errors import NMError
 from .storage.describe import describe
 from .storage.digests import stored_as
@@ -55,6 +56,7 @@ def save(
     if not place.folder.is_dir():
         raise FileNotFoundError(f"{place.folder}: no such folder")
     check_classes(model)
+    refuse_parts(model, "save")
     description = describe(model)
     _check_dtypes(description.tensors)
     with torch.no_grad():

@@ -214,7 +214,6 @@ def check_tp_monitor() -> None:
 def check_tp_refusals() -> None:
     model = before(28)
     values, classes = weights(model), [type(module) for module in model.modules()]
-    refuses("is a DTensor, of which this process has a part", lambda: nmfx.lower(model, (X,)))
     refuses("before the model is sharded", lambda: nmfx.preview(model, "2:4", (X,)))
     refuses("before the model is sharded", lambda: nmfx.verify(model, X))
     refuses("get_model_state_dict", lambda: nmfx.save(model, "/nowhere.safetensors"))

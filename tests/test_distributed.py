@@ -23,6 +23,7 @@ WORLDS = {
         "distributed_fsdp",
         "distributed_mixed",
         "distributed_tp",
+        "distributed_tp_lower",
         "distributed_checkpoint",
     ),
     4: ("distributed_2d",),
@@ -30,6 +31,7 @@ WORLDS = {
 # Compilers take a minute.
 SLOW = {
     "distributed_tp:check_tp_compiled",
+    "distributed_tp_lower:check_tp_lower_compiled",
     "distributed_fsdp:check_fsdp_compiled",
 }
 

@@ -66,7 +66,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied, writers, adapted = _tied_names(model), written(model), find_adapted(model)
+    tied, writers, adapted = tied_names(model), written(model), find_adapted(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -116,7 +116,7 @@ def _calls(candidate: Candidate) -> bool:
     )
 
 
-def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Parameter name -> the other names it has, for parameters that several modules share."""
     names: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for fqn, module in model.named_modules():

@@ -1,75 +1,25 @@
-"""Tensor parallelism: a linear layer whose weight is a DTensor as a layer of this rank's part of it.
+"""The linear layers of a tensor-parallel model as layers of this rank's parts, and back.
 
-    hook of                  LinearPart                              hook of
-    parallelize_module       to_local ── nn.Linear of ── from_local  parallelize_module
-    x whole (colwise), or                this rank's     some outputs (colwise), or
-    some columns (rowwise)               rows / columns  a term of each sum (rowwise)
-
-The layer inside is a plain one, so it is measured, packed and run as any other; what ranks send
-each other stays as it was. `join` makes DTensors of the parts again.
+What `lower` finds in a `LinearPart` is a plain layer, measured, packed and run as any.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ops.sharded import is_sharded
 from .candidates import read_around, tied_names
 from .generate import base_class
-from .refs import sites_in
-from .site import MARKS
+from .linear_part import PART, PLACE, LinearPart, Place, has_parts, strides
+from .refs import iter_sites
+from .site import MEASURED, SKIPPED
 from .site import join as joined
 
-_PLACE = "_nmfx_place"
-_PART = "part"
 
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a part belongs: the class of its layer, the ranks, and the dimension that they cut."""
-
-    base: type[nn.Module]
-    mesh: Any
-    dim: int
-
-
-class LinearPart(nn.Module):
-    """A linear layer of which every rank computes its part; takes and gives DTensors."""
-
-    part: nn.Module
-    bias: Any  # rowwise: added to the sum, of which each rank has a term
-    out_features: int
-
-    def forward(self, input: Any) -> Any:
-        """What `nn.Linear.forward` makes of a DTensor."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-        place: _Place = self.__dict__[_PLACE]
-        columns, last = place.dim == 1, input.ndim - 1
-        taken, grad = (Shard(last), Shard(last)) if columns else (Replicate(), Partial())
-        x = input.redistribute(place.mesh, [taken]).to_local(grad_placements=[grad])
-        shape = torch.Size((*input.shape[:-1], self.out_features))
-        out = DTensor.from_local(
-            self.part(x),
-            place.mesh,
-            [Partial() if columns else Shard(last)],
-            run_check=False,
-            shape=shape,
-            stride=_strides(shape),
-        )
-        return out + self.bias if columns and self.bias is not None else out
-
-    def extra_repr(self) -> str:
-        place: _Place = self.__dict__[_PLACE]
-        cut = "columns" if place.dim == 1 else "rows"
-        return f"{cut} of the weight, rank {place.mesh.get_local_rank()} of {place.mesh.size()}"
-
-
-def split(model: nn.Module) -> None:
+def split_into_parts(model: nn.Module) -> None:
     """Makes a `LinearPart` of every linear layer whose weight is a DTensor, where it can be one.
 
     Args:
@@ -81,26 +31,27 @@ def split(model: nn.Module) -> None:
         if path in around or path in tied or why_whole(module) is not None:
             continue
         weight, bias = module.weight, module.bias
-        dim = weight.placements[0].dim
+        dim, whole = weight.placements[0].dim, {"weight": weight}
         mine = weight.to_local()
         part = nn.Linear(mine.shape[1], mine.shape[0], bias=False, device="meta")
         part.weight = nn.Parameter(mine.detach(), requires_grad=weight.requires_grad)
-        del module._parameters["weight"]
+        module._parameters["weight"] = None  # keeps its place in the state_dict
         if dim == 0 and bias is not None:
             part.bias = nn.Parameter(bias.to_local().detach(), requires_grad=bias.requires_grad)
-            del module._parameters["bias"]
+            module._parameters["bias"], whole["bias"] = None, bias
         part.train(module.training)
         _move_marks(module, part)
-        module.__dict__[_PLACE] = _Place(type(module), weight.device_mesh, dim)
+        module.__dict__[PLACE] = Place(type(module), weight.device_mesh, dim, whole)
         module.__class__ = LinearPart
-        module._modules[_PART] = part
+        module._modules[PART] = part
 
 
 def why_whole(module: nn.Module) -> str | None:
     """Why a layer is not a part on each rank, or None."""
     from torch.distributed.tensor import Replicate, Shard
 
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight: Any = module._parameters.get("weight")
+    bias: Any = module._parameters.get("bias")
     if weight is None or not is_sharded(weight):
         return "its weight is no DTensor"
     if base_class(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
@@ -111,35 +62,59 @@ def why_whole(module: nn.Module) -> str | None:
     wanted = (Shard(0),) if placements[0].dim == 0 else (Replicate(),)
     if bias is not None and (not is_sharded(bias) or tuple(bias.placements) != wanted):
         return "its weight is a DTensor, and its bias is not placed to go with it"
-    if 0 in weight.to_local().shape:
-        return "its weight is a DTensor, of which this rank has nothing"
+    size, ranks = weight.shape[placements[0].dim], weight.device_mesh.size()
+    if -(-size // ranks) * (ranks - 1) >= size:  # as torch.chunk cuts
+        return "its weight is a DTensor, of which some rank has nothing"
     return None
 
 
-def has_parts(model: nn.Module) -> bool:
-    """Whether a model computes with parts of weights, each on another rank."""
-    return any(isinstance(module, LinearPart) for module in model.modules())
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether a weight of a model is a DTensor, or a part of one."""
+    return has_parts(model) or any(map(is_sharded, model.parameters()))
 
 
-def join(model: nn.Module) -> None:
-    """Makes DTensors again of all parts that are dense."""
+def on_any_rank(model: nn.Module, here: bool) -> bool:
+    """Whether it holds for any process that has parts of this model; all of them must call."""
+    for module in model.modules():
+        if isinstance(module, LinearPart):
+            mesh = module.__dict__[PLACE].mesh
+            said: list[Any] = [None] * mesh.size()
+            torch.distributed.all_gather_object(said, here, group=mesh.get_group())
+            return any(said)
+    return here
+
+
+def forget_whole(model: nn.Module) -> None:
+    """Gives up the parameters that were cut, so that their memory is that of the parts."""
+    for module in model.modules():
+        if isinstance(module, LinearPart):
+            module.__dict__[PLACE].whole.clear()
+
+
+def join_parts(model: nn.Module) -> None:
+    """Makes DTensors again of all parts that are dense: the same ones, unless forgotten."""
     for module in list(model.modules()):
-        if not isinstance(module, LinearPart) or any(sites_in(module.part)):
+        if not isinstance(module, LinearPart) or any(iter_sites(module.part)):
             continue
         part = module.part
-        place: _Place = module.__dict__.pop(_PLACE)
-        module.__class__ = place.base
-        del module._modules[_PART]
+        place: Place = module.__dict__.pop(PLACE)
         shape = torch.Size((module.out_features, module.in_features))
-        module.weight = _whole(part.weight, place, shape)
-        if place.dim == 0 and part.bias is not None:
-            module.bias = _whole(part.bias, place, shape[:1])
-        elif place.dim == 0:
-            module.register_parameter("bias", None)
+        module.__class__ = place.base  # type: ignore[assignment]
+        del module._modules[PART]
+        whole = place.whole or {"weight": _whole(part.weight, place, shape)}
+        if not place.whole and place.dim == 0 and part.bias is not None:
+            whole["bias"] = _whole(part.bias, place, shape[:1])
+        module._parameters.update(whole)
         _move_marks(part, module)
 
 
-def _whole(part: nn.Parameter, place: _Place, shape: torch.Size) -> nn.Parameter:
+def _move_marks(old: nn.Module, new: nn.Module) -> None:
+    for key in (SKIPPED, MEASURED):
+        if key in old.__dict__:
+            new.__dict__[key] = old.__dict__.pop(key)
+
+
+def _whole(part: nn.Parameter, place: Place, shape: torch.Size) -> nn.Parameter:
     from torch.distributed.tensor import DTensor, Shard
 
     whole = DTensor.from_local(
@@ -148,10 +123,6 @@ def _whole(part: nn.Parameter, place: _Place, shape: torch.Size) -> nn.Parameter
         [Shard(place.dim)],
         run_check=False,
         shape=shape,
-        stride=_strides(shape),
+        stride=strides(shape),
     )
     return nn.Parameter(whole, requires_grad=part.requires_grad)
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import NMError
 from ..ops.sharded import is_sharded
+from .linear_part import LinearPart
 
 BEFORE = "call it before the model is sharded"
 LOAD = (
@@ -23,6 +24,7 @@ GATHER = (
     "gather it into a dense model: get_model_state_dict(model, options=StateDictOptions("
     "full_state_dict=True)) of torch.distributed.checkpoint.state_dict gives its weights whole"
 )
+_FOLD = f"nmfx.fold(model) makes DTensors of the parts again; then {GATHER}"
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
@@ -66,6 +68,7 @@ def refuse_sharded(model: nn.Module, verb: str, instead: str = GATHER) -> None:
         raise NMError(
             f"nmfx.{verb}: FullyShardedDataParallel flattens and shards weights; {instead}"
         )
+    refuse_parts(model, verb)
     reshard(model)
     for name, tensor in model.named_parameters():
         if is_sharded(tensor):
@@ -73,6 +76,27 @@ def refuse_sharded(model: nn.Module, verb: str, instead: str = GATHER) -> None:
                 f"nmfx.{verb}: {name} is a {type(tensor.data).__name__}, of which this process has "
                 f"a part; {instead}"
             )
+
+
+def refuse_parts(model: nn.Module, verb: str) -> None:
+    """Refuses what `lower` made of a tensor-parallel model.
+
+    Raises:
+        NMError: with the first layer of which this process has a part.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LinearPart):
+            raise NMError(f"nmfx.{verb}: {name} is this process's part of a layer; {_FOLD}")
+
+
+def refuse_fsdp(model: nn.Module, verb: str) -> None:
+    """Refuses a model that FSDP gathers and shards while it runs; tensor parallel ones pass.
+
+    Raises:
+        NMError: as `refuse_sharded`.
+    """
+    if _modules_of(model, "FullyShardedDataParallel") or fsdp_modules(model):
+        refuse_sharded(model, verb)
 
 
 def refuse_copy(model: nn.Module, verb: str) -> None:
