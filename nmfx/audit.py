@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .capture.refs import SiteRef, sites_of
+from .capture.refs import SiteRef, check_parameter, sites_of
 from .capture.sharding import BEFORE, refuse_sharded
 from .errors import NMError
 from .schedule import site_mask
@@ -48,6 +48,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
     refs = sites_of(model, "verify")
     refuse_sharded(model, "verify", BEFORE)
     for ref in refs:
+        check_parameter(ref)
         if ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to run")
     tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]

@@ -9,13 +9,13 @@ from .capture.copied import copied
 from .capture.install import check_classes
 from .capture.linear_part import has_parts
 from .capture.parts import join_parts
-from .capture.refs import SiteRef, iter_sites, sites_of
+from .capture.refs import SiteRef, check_parameter, iter_sites, sites_of
 from .capture.sharding import refuse_copy, reshard
 from .capture.site import MADE_ON, NOTES, marks_of
 from .capture.tied import refuse_tied_since
 from .capture.unlowering import lowered_sites, make_dense
 from .errors import NMError
-from .mask import DTYPES, nm_project
+from .mask import nm_project
 from .ops.keep import keep
 from .ops.sharded import is_sharded, on_parts
 from .schedule import site_mask
@@ -86,18 +86,7 @@ def check_weights(model: nn.Module, inplace: bool) -> None:
         site = ref.site
         if site.lowered:
             continue
-        size = ref.parameter.shape[site.dim]
-        if size % site.pattern.m:
-            raise NMError(
-                f"{ref.name}: it was replaced since it was sparsified, and its dimension "
-                f"{site.dim} of {size} is not a multiple of {site.pattern.m}; give it "
-                f"{site.shape} again"
-            )
-        if ref.parameter.dtype not in DTYPES:
-            raise NMError(
-                f"{ref.name}: it was replaced since it was sparsified, and {ref.parameter.dtype} "
-                f"has no N:M order; give it a float weight again"
-            )
+        check_parameter(ref)
         if site.state == "frozen" and site_mask(ref).shape != ref.parameter.shape:
             raise NMError(
                 f"{ref.name}: it was replaced since its mask was fixed, and the mask has the shape "

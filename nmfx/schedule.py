@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.install import check_classes, refresh
-from .capture.refs import SiteRef, sites_of
+from .capture.refs import SiteRef, check_parameter, sites_of
 from .capture.sharding import reshard
 from .capture.site import control_name, mask_name
 from .errors import NMError
@@ -178,6 +178,7 @@ def masked_and_mask(ref: SiteRef) -> tuple[Tensor, Tensor]:
     part, for which all ranks must call). The mask is that of `site_mask`, which plain torch
     computes, many times slower.
     """
+    check_parameter(ref)
     site, weight = ref.site, weight_part(ref)
     if site.state == "frozen":
         mask = _fixed_part(ref)
@@ -217,6 +218,7 @@ def site_mask(ref: SiteRef) -> Tensor:
     site = ref.site
     if site.state == "frozen":
         return ref.store.__dict__[mask_name(ref.index)]
+    check_parameter(ref)
 
     def find(weight: Tensor) -> Tensor:
         return nm_mask(weight, site.pattern, site.dim)

@@ -257,6 +257,12 @@ VERBS = {
     "fold": nmfx.fold,
     "lower": lambda model, **options: nmfx.lower(model, tune=False, **options),
 }
+READING_VERBS = {
+    "masks": nmfx.masks,
+    "freeze": nmfx.freeze,
+    "verify": lambda model: nmfx.verify(model, torch.randn(2, 8)),
+    "Monitor": nmfx.Monitor,
+}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -272,6 +278,17 @@ def test_a_replaced_weight_that_m_does_not_divide_is_named(verb: str, inplace: b
         "multiple of 4; give it (8, 8) again"
     )
     assert all(torch.equal(value, raw[name]) for name, value in model.state_dict().items())
+    assert {row.state for row in nmfx.report(model) if row.pattern} == {"sparse"}
+
+
+@pytest.mark.parametrize("verb", READING_VERBS)
+def test_what_reads_masks_names_it_too(verb: str) -> None:
+    model = sparse()
+    monitor = nmfx.Monitor(model, every=1)
+    model.fc.weight = nn.Parameter(torch.randn(8, 6))
+    for act in (lambda: READING_VERBS[verb](model), monitor.step):
+        with pytest.raises(nmfx.NMError, match=r"^fc\.weight: it was replaced since"):
+            act()
     assert {row.state for row in nmfx.report(model) if row.pattern} == {"sparse"}
 
 

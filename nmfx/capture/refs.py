@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import NMError
+from ..mask import DTYPES
 from ..ops.sr_ste import make_control
 from .holder import Holder, holder_of
 from .site import SITES, Site, control_name, get_path, join
@@ -73,6 +74,26 @@ class SiteRef:
         site = self.site
         new = make_control(site.lambda_in_backward, site.pattern.n, old.device)
         self.store.__dict__[control_name(self.index)] = new
+
+
+def check_parameter(ref: SiteRef) -> None:
+    """Refuses a weight that was replaced by one that has no N:M groups.
+
+    Raises:
+        NMError: M does not divide it any more, or its dtype has no order.
+    """
+    site, weight = ref.site, ref.parameter
+    size = weight.shape[site.dim]
+    if size % site.pattern.m:
+        raise NMError(
+            f"{ref.name}: it was replaced since it was sparsified, and its dimension {site.dim} of "
+            f"{size} is not a multiple of {site.pattern.m}; give it {site.shape} again"
+        )
+    if weight.dtype not in DTYPES:
+        raise NMError(
+            f"{ref.name}: it was replaced since it was sparsified, and {weight.dtype} has no N:M "
+            f"order; give it a float weight again"
+        )
 
 
 def weight_or_none(host: nn.Module, path: str) -> Any:
