@@ -16,68 +16,32 @@ folded by then stay folded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from .calls import (
-    Call,
-    compare_outputs,
-    evaluation_mode,
-    output_error,
-    parse_calls,
-    run_calls,
-    undisturbed,
-)
+from .calls import Call, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.copied import copied
-from .capture.install import check_classes, install_guards
+from .capture.install import check_classes
 from .capture.linear_part import has_parts
 from .capture.lowering import Target, Undo
 from .capture.parts import is_tensor_parallel, join_parts
 from .capture.refs import iter_sites
 from .capture.sharding import refuse_fsdp
-from .capture.site import MADE_ON, MEASURED, NOTES, SKIPPED, join, marks_of, stored_names
+from .capture.site import MADE_ON, NOTES, SKIPPED, join, marks_of, stored_names
 from .capture.take_over import recompose
 from .capture.tied import refuse_tied_since
 from .errors import NMError
 from .fold import bake, check_weights
 from .fusing import Fusing
+from .lower_layers import NOT_LINEAR, Job, pack_layers, tune_layers
 from .plan import Plan, make_plan
 from .ranks import TALKS, talks
-from .rounding import only_rounding_differs
 from .sparsify import taken_over, unchanged_if_refused
 from .tensor_parallel import IN_PARTS, in_parts, plan_in_parts
-from .tuning.bench import Bench
-from .tuning.choose import choose, choose_untimed
-from .tuning.decide import DENSE, SEMI, TIE, Choice, packed_share, stays_dense
-from .tuning.hardware import kernel_status
-from .tuning.memory import Returning
-from .tuning.progress import progress
-from .tuning.shapes import Recorder, Seen
-from .tuning.table import ASSUMED
 from .tuning.two_forms import check_keep
 from .tuning.whole import check_cuda_graph, whole_ms
-
-_UNTIMED = (
-    "tune=False: nothing was timed; all is packed or compressed whose row does not say why not"
-)
-_NOTHING_PACKED = (
-    "nothing was packed: the N:M layers of this model have no packed kernel yet, so they are "
-    "folded (dense, with exact zeros)."
-)
-_ONE_COPY = "in place, prepacked dense is no candidate: it would keep every weight twice"
-_IN_GRAPHS = (
-    "that was in eager mode, where the host launches every kernel; if it is to run in CUDA graphs, "
-    "lower it with cuda_graph=True"
-)
-_UNSTEADY = (
-    "the outputs differ from the folded model's by {:.1e} (relative norm), for rounding alone: it "
-    "decides between equals here (routing, top-k, sorting). Every product by itself is right"
-)
-_COPY_OF_TIED = "{}, which it is tied to, keeps a dense copy"
-_NOT_LINEAR = "one copy: only linear layers that are traced hold two forms"
 
 
 def lower(
@@ -206,13 +170,13 @@ def _lowered(
             dense_ms = whole_ms(model, calls, cuda_graph) if timed else None
             fusing.fold_norms(targets)
             undo = Undo(model, targets)
-            job = _Job(
+            job = Job(
                 model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph, alone
             )
-            notes = _tune(job, dense_ms) if tune else _pack_all(job)
+            notes = tune_layers(job, dense_ms) if tune else pack_layers(job)
             for candidate, reason in plan.dense:
                 if keep is not None and candidate.capture == "scoped":
-                    reason = f"{reason}; {_NOT_LINEAR}"
+                    reason = f"{reason}; {NOT_LINEAR}"
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
             if not alone and tune and targets:
                 notes.insert(0, TALKS)
@@ -228,175 +192,3 @@ def _lowered(
             marks_of(model).pop(NOTES, None)
             raise
     return model
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A folded model, what is to be lowered in it, and what its example inputs told."""
-
-    model: nn.Module
-    calls: list[Call]
-    expected: list[Any]
-    targets: list[Target]
-    undo: Undo
-    fusing: Fusing
-    inplace: bool
-    keep: Sequence[str] | None
-    cuda_graph: bool
-    alone: bool
-
-
-def _pack_all(job: _Job) -> list[str]:
-    memory = Returning()
-    choices = {t: choose_untimed(t.candidate, t.weight, t.pattern) for t in job.targets}
-    for target in progress(job.targets, "packing"):
-        try:
-            _apply(target, choices[target])
-        except (RuntimeError, NMError) as error:
-            if choices[target].name != SEMI:
-                raise
-            choices[target] = stays_dense(f"it could not be compressed: {error}")
-        memory.freed(target.bytes)
-    memory.now()
-    job.fusing.fuse_activations(job.targets)
-    unsteady = _check(job)
-    if not job.targets:
-        return [_NOTHING_PACKED]
-    for target, choice in choices.items():
-        _note(target, job, choice.reason, choice)
-    status = dict.fromkeys(kernel_status(target.device) for target in job.targets)
-    return [_UNTIMED, *unsteady, *status]
-
-
-def _tune(job: _Job, dense_ms: float | None) -> list[str]:
-    """Lowers each layer as measured; the notes for the report."""
-    if not job.targets and job.alone:  # others may have some, and run the model
-        return [_NOTHING_PACKED]
-    bench, seen = Bench(job.model), _record(job)
-    memory = Returning()
-    choices: dict[Target, Choice] = {}
-    for target in progress(job.targets, "measuring"):
-        choices[target] = _choose(job, bench, target, seen)
-        _apply(target, choices[target])
-        memory.freed(target.bytes)
-    memory.now()
-    job.fusing.fuse_activations(job.targets)
-    unsteady = _check(job)
-    notes = [] if job.calls else [ASSUMED]
-    if not job.targets:
-        notes.append(_NOTHING_PACKED)
-    if dense_ms is not None:
-        lowered_ms = whole_ms(job.model, job.calls, job.cuda_graph)
-        assert lowered_ms is not None
-        ratio = dense_ms / lowered_ms
-        where = " in a CUDA graph" if job.cuda_graph else ""
-        times = f"dense {dense_ms:.3f} ms, lowered {lowered_ms:.3f} ms ({ratio:.2f}x)"
-        notes.append(f"whole model{where}: {times}")
-        if ratio * (1 + TIE) < 1 and any(c.name != DENSE for c in choices.values()):
-            if _is_slower(job, lowered_ms):
-                notes.append("lowered, the whole model is slower than dense, so it stays dense")
-                if not job.cuda_graph and any(t.device.type == "cuda" for t in choices):
-                    notes.append(_IN_GRAPHS)
-                choices = {target: _kept(choice) for target, choice in choices.items()}
-                unsteady = []
-            else:
-                for target, choice in choices.items():
-                    _apply(target, choice)
-                job.fusing.fuse_activations(job.targets)
-                unsteady = _check(job)
-    share = packed_share(choices.values()) if job.calls else None
-    if share is not None:
-        notes.append(share)
-    for target, choice in choices.items():
-        _note(target, job, choice.reason, choice)
-    return [*notes, *unsteady, *bench.notes(), *([_ONE_COPY] if job.inplace else [])]
-
-
-def _record(job: _Job) -> Mapping[str, Mapping[Seen, int]]:
-    """The inputs that each layer meets when the calls run, and how often."""
-    recorder = Recorder({target.candidate.name: target.weight for target in job.targets})
-    with recorder:  # a run of its own: torch's fused paths step aside for any observer
-        run_calls(job.model, job.calls)
-    return recorder.seen
-
-
-def _choose(
-    job: _Job, bench: Bench, target: Target, seen: Mapping[str, Mapping[Seen, int]]
-) -> Choice:
-    return choose(
-        bench,
-        target.candidate,
-        target.weight,
-        target.pattern,
-        seen[target.candidate.name] if job.calls else None,
-        prepack=not job.inplace,
-        keep=job.keep,
-    )
-
-
-def _kept(choice: Choice) -> Choice:
-    """A layer that stays dense because the whole model is faster so."""
-    if choice.name == DENSE:
-        return choice
-    reason = f"{choice.reason}, but lowered the whole model is slower"
-    return replace(choice, name=DENSE, ms=choice.ms_dense, reason=reason, threshold=0)
-
-
-def _apply(target: Target, choice: Choice) -> None:
-    if choice.name != DENSE:
-        target.lower(choice.name, choice.threshold, choice.algorithms)
-
-
-def _note(target: Target, job: _Job, reason: str, choice: Choice | None = None) -> None:
-    """Leaves the reason and the measurement on the layer, for the report."""
-    fields, path = marks_of(target.candidate.host), target.candidate.path
-    state = ["folded"] if choice is not None and choice.name == DENSE else []
-    if job.keep is not None and target.candidate.kind == "conv":
-        state.append(_NOT_LINEAR)
-    if not _is_dense(job.model, target.candidate.name):
-        others = [name for name in target.candidate.tied if _is_dense(job.model, name)]
-        state += map(_COPY_OF_TIED.format, others)
-    texts = [reason, *state, *job.fusing.remarks(target)]
-    fields.setdefault(SKIPPED, {})[path] = "; ".join(text for text in texts if text)
-    if choice is not None and choice.rows:
-        fields.setdefault(MEASURED, {})[path] = (choice.rows, choice.ms_dense, choice.ms)
-
-
-def _is_dense(model: nn.Module, name: str) -> bool:
-    owner, _, key = name.rpartition(".")
-    return key in model.get_submodule(owner)._parameters
-
-
-def _check(job: _Job) -> list[str]:
-    """Compares outputs with those of before, if any layer is lowered; a note if they are unsteady.
-
-    Raises:
-        NMError: they differ, and not because the model turns rounding into other results.
-    """
-    hosts = {target.candidate.host for target in job.targets if target.state != DENSE}
-    install_guards(job.model, hosts)
-    if not hosts and job.alone:  # others may have lowered something, and run the model
-        return []
-    outputs = run_calls(job.model, job.calls)
-    try:
-        for number, output in enumerate(outputs):
-            compare_outputs(job.expected[number], output, number)
-    except NMError:
-        gap = max(map(output_error, job.expected, outputs))
-        # Alone: what finds that out runs the model more often.
-        if not job.alone or not only_rounding_differs(job.model, job.calls, job.expected, outputs):
-            raise
-        return [_UNSTEADY.format(gap)]
-    return []
-
-
-def _is_slower(job: _Job, lowered: float) -> bool:
-    """Undoes everything and asks again: the machine may have been slow for a moment.
-
-    It happens where a model has a fused path for its dense layers only.
-    """
-    job.fusing.undo()
-    job.undo()
-    bake(job.model)  # and the guards over packed layers
-    again = whole_ms(job.model, job.calls, job.cuda_graph)
-    return again is not None and lowered > again * (1 + TIE)

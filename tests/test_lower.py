@@ -445,7 +445,7 @@ FUNCTIONS = {
     "unpack": ("nmfx.capture.packed", "unpack"),
     "refresh": ("nmfx.capture.lowering", "refresh"),
     "bake": ("nmfx.lower", "bake"),
-    "compare_outputs": ("nmfx.lower", "compare_outputs"),
+    "compare_outputs": ("nmfx.lower_layers", "compare_outputs"),
 }
 
 
