@@ -30,7 +30,8 @@ from .ops.linear_semi_structured import linear_semi_structured as linear_semi_st
 from .ops.sr_ste import sr_ste
 from .pattern import Pattern
 from .preview import preview
-from .report import Report, report
+from .report import report
+from .report_table import Report
 from .save import save
 from .schedule import freeze, masks, set_lambda, set_pattern, unfreeze
 from .sparsify import sparsify, unsparsify

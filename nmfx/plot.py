@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import NMError
 from .mask import nm_mask
 from .pattern import Pattern, PatternLike
-from .report import Report, Row
+from .report_table import Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,8 @@ from .packing import matrix_shape
 from .pattern import Pattern
 from .plan import obstacle_to_packing
 from .policy import Decision, Rules, decide, parse_rules
-from .report import Report, Row, dense_bytes
+from .report import dense_bytes
+from .report_table import Report, Row
 from .sparsify import check_existing
 from .tuning.bench import Bench
 from .tuning.choose import choose

@@ -14,7 +14,7 @@ import nmfx
 from nmfx.kernels import cpu
 from nmfx.kernels.cpu import status
 from nmfx.pattern import Pattern
-from nmfx.report import Report, Row
+from nmfx.report_table import Report, Row
 
 
 class Net(nn.Module):

@@ -20,7 +20,7 @@ from zoo import ZOO, build, call, outputs
 
 import nmfx
 from nmfx.kernels import semi_structured
-from nmfx.report import Row
+from nmfx.report_table import Row
 from nmfx.tuning.hardware import machine
 
 pytestmark = [
