@@ -69,6 +69,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     except BaseException:  # Ctrl-C too
         if begun:  # pruned weights are lost, so the way out is forward
             bake(model)
+            join_parts(model)
         else:
             snapshot.restore()
         raise
@@ -87,11 +88,6 @@ def check_weights(model: nn.Module, inplace: bool) -> None:
         if site.lowered:
             continue
         check_parameter(ref)
-        if site.state == "frozen" and site_mask(ref).shape != ref.parameter.shape:
-            raise NMError(
-                f"{ref.name}: it was replaced since its mask was fixed, and the mask has the shape "
-                f"{tuple(site_mask(ref).shape)}; give it such a weight again, or nmfx.unfreeze it"
-            )
         if inplace and ref.parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise NMError(
                 f"{ref.name}: it was made under torch.inference_mode, so nothing may write to it; "

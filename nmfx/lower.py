@@ -24,9 +24,8 @@ from torch import nn
 from .calls import Call, evaluation_mode, parse_calls, run_calls, undisturbed
 from .capture.copied import copied
 from .capture.install import check_classes
-from .capture.linear_part import has_parts
 from .capture.lowering import Target, Undo
-from .capture.parts import is_tensor_parallel, join_parts
+from .capture.parts import forget_whole, is_tensor_parallel, join_parts, split_into_parts
 from .capture.refs import iter_sites
 from .capture.sharding import refuse_fsdp
 from .capture.site import MADE_ON, NOTES, SKIPPED, join, marks_of, stored_names
@@ -36,10 +35,10 @@ from .errors import NMError
 from .fold import bake, check_weights
 from .fusing import Fusing
 from .lower_layers import NOT_LINEAR, Job, pack_layers, tune_layers
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .ranks import TALKS, talks
 from .sparsify import taken_over, unchanged_if_refused
-from .tensor_parallel import IN_PARTS, in_parts, plan_in_parts
+from .tensor_parallel import IN_PARTS, folded
 from .tuning.two_forms import check_keep
 from .tuning.whole import check_cuda_graph, whole_ms
 
@@ -125,24 +124,18 @@ def lower(
     refuse_tied_since(model)
     check_weights(model, inplace)
     if is_tensor_parallel(model):
-        model = in_parts(model, inplace)
-        try:
-            plan = plan_in_parts(model)
-            return _lowered(model, plan, calls, inplace, tune, keep, cuda_graph)
-        except BaseException:  # Ctrl-C too
-            join_parts(model)
-            raise
-    with unchanged_if_refused(model):
-        given, model = model, taken_over(model, inplace)
-        model = recompose(model, inplace or model is not given)
-        make_plan(model)  # refuse before a copy is made
-    model = model if inplace or model is not given else copied(model, "lower")
-    return _lowered(model, make_plan(model), calls, inplace, tune, keep, cuda_graph)
+        model = folded(model, inplace)
+    else:
+        with unchanged_if_refused(model):
+            given, model = model, taken_over(model, inplace)
+            model = recompose(model, inplace or model is not given)
+            make_plan(model)  # refuse before a copy is made
+        model = model if inplace or model is not given else copied(model, "lower")
+    return _lowered(model, calls, inplace, tune, keep, cuda_graph)
 
 
 def _lowered(
     model: nn.Module,
-    plan: Plan,
     calls: list[Call],
     inplace: bool,
     tune: bool,
@@ -150,6 +143,8 @@ def _lowered(
     cuda_graph: bool,
 ) -> nn.Module:
     """`model`, lowered in place; `inplace` is what the caller asked for."""
+    parallel = is_tensor_parallel(model)
+    plan = make_plan(model, required=not parallel)
     fusing = Fusing(model, [e.candidate for e in plan.entries], examples=bool(calls))
     read_only = {
         join(ref.module_name, name.rpartition(".")[2])
@@ -161,6 +156,10 @@ def _lowered(
             expected = run_calls(model, calls)
         undo = None
         try:
+            if parallel:
+                split_into_parts(model)
+                plan = make_plan(model, required=False)
+                forget_whole(model)
             bake(model)
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
             alone = not talks(model, calls)
@@ -180,7 +179,7 @@ def _lowered(
                 marks_of(candidate.host).setdefault(SKIPPED, {})[candidate.path] = reason
             if not alone and tune and targets:
                 notes.insert(0, TALKS)
-            if has_parts(model):
+            if parallel:
                 notes.insert(0, IN_PARTS)
             marks_of(model)[NOTES] = tuple(notes)
             marks_of(model).pop(MADE_ON, None)
@@ -189,6 +188,7 @@ def _lowered(
             if undo is not None:
                 undo()  # after: its graphs are those from before anything was packed
             bake(model)
+            join_parts(model)
             marks_of(model).pop(NOTES, None)
             raise
     return model

@@ -42,6 +42,7 @@ class Plan:
     dense: list[tuple[Candidate, str]]
 
 
+_UNDIVIDED = "its weight is a DTensor, and something reads it that does not call its layer"
 _NEVER_CALLED = (
     "{} reads its weight and does not call it, so a packed one would be unpacked every time"
 )
@@ -90,7 +91,7 @@ def _outcome(candidate: Candidate, ref: SiteRef | None) -> tuple[Pattern | None,
         return None, candidate.obstacle
     weight = get_path(candidate.host, candidate.path)
     if is_sharded(weight):
-        return None, why_whole(place_of(candidate.host, candidate.path)[0])
+        return None, why_whole(*place_of(candidate.host, candidate.path)) or _UNDIVIDED
     if weight.is_meta:
         raise NMError(f"{candidate.name}: it is on the meta device, so there is nothing to pack")
     pattern = detect_pattern(weight, candidate.dim) if ref is None else ref.site.pattern

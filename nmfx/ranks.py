@@ -38,8 +38,14 @@ class _Listening(TorchDispatchMode):
     """Hears collectives, and DTensors, whose operators may contain some."""
 
     heard = False
+    supports_higher_order_operators = True  # torch.cond, flex_attention; not inside them
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Told by torch: what is compiled runs as it does without this mode."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         names = {t.__name__ for t in types}
-        self.heard |= "c10d" in func.namespace or "DTensor" in names
+        self.heard |= "c10d" in getattr(func, "namespace", "") or "DTensor" in names
         return func(*args, **(kwargs or {}))

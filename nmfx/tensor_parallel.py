@@ -5,39 +5,38 @@ from __future__ import annotations
 from torch import nn
 
 from .capture.copied import copied
-from .capture.parts import forget_whole, on_any_rank, split_into_parts
+from .capture.parts import divisible, on_any_rank
 from .capture.refs import iter_sites
+from .capture.site import get_path
 from .errors import NMError
 from .fold import fold
-from .plan import Plan, make_plan
+from .ops.sharded import local_part
+from .packing import detect_pattern
+from .plan import make_plan
 
-IN_PARTS = "tensor parallel: names, shapes and times are of this process's parts of the weights"
+IN_PARTS = (
+    "tensor parallel: names, shapes, patterns and times are of this process's parts of the "
+    "weights; a part that cuts groups of M may have another pattern"
+)
 
 
-def in_parts(model: nn.Module, inplace: bool) -> nn.Module:
-    """A tensor-parallel model, folded, whose linear layers are those of this rank's parts."""
-    sites = list(iter_sites(model))
-    if any(ref.site.lowered for ref in sites):
+def folded(model: nn.Module, inplace: bool) -> nn.Module:
+    """A tensor-parallel model, folded: a copy of it unless `inplace`. All ranks must call.
+
+    Raises:
+        NMError: some of it is lowered, or nothing of it can be, on any rank. Nothing is changed.
+    """
+    sites = {ref.name: ref.site for ref in iter_sites(model)}
+    if any(site.lowered for site in sites.values()):
         raise NMError(
             f"nmfx.lower: {type(model).__name__} is lowered already, at least in parts; "
             f"nmfx.lower(nmfx.fold(model), x) measures again and chooses anew"
         )
     if sites:
-        model = fold(model, inplace=inplace)
-    elif not inplace:
-        model = copied(model, "lower")
-    split_into_parts(model)
-    return model
-
-
-def plan_in_parts(model: nn.Module) -> Plan:
-    """The plan of a tensor-parallel model; all ranks must call. This one's may have no entries.
-
-    Raises:
-        NMError: as `make_plan`, if there is nothing to lower on any rank.
-    """
-    plan = make_plan(model, required=False)
-    if not on_any_rank(model, bool(plan.entries)):
-        plan = make_plan(model)
-    forget_whole(model)
-    return plan
+        return fold(model, inplace=inplace)
+    here = bool(make_plan(model, required=False).entries) or any(
+        detect_pattern(local_part(get_path(c.host, c.path)), c.dim) for c in divisible(model)
+    )
+    if not on_any_rank(model, here):
+        make_plan(model)  # says why
+    return model if inplace else copied(model, "lower")

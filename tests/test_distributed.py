@@ -24,6 +24,7 @@ WORLDS = {
         "distributed_mixed",
         "distributed_tp",
         "distributed_tp_lower",
+        "distributed_tp_odd",
         "distributed_checkpoint",
     ),
     4: ("distributed_2d",),

@@ -292,6 +292,33 @@ def test_what_reads_masks_names_it_too(verb: str) -> None:
     assert {row.state for row in nmfx.report(model) if row.pattern} == {"sparse"}
 
 
+@pytest.mark.parametrize("verb", sorted(READING_VERBS.keys() - {"masks", "freeze"}))
+def test_a_weight_that_does_not_fit_its_fixed_mask_is_named(verb: str) -> None:
+    model = sparse()
+    monitor = nmfx.Monitor(model, every=1)
+    nmfx.freeze(model)
+    model.fc.weight = nn.Parameter(torch.randn(8, 4))
+    for act in (lambda: READING_VERBS[verb](model), monitor.step):
+        with pytest.raises(nmfx.NMError, match=r"^fc\.weight: it was replaced since its mask"):
+            act()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_script_module_beside_it_is_left_alone(verb: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.script = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.script(self.fc(x))
+
+    model, x = nmfx.sparsify(Mixed(), {"fc": "2:4"}), torch.randn(2, 8)
+    wanted = model(x).detach()
+    torch.testing.assert_close(VERBS[verb](model, inplace=True)(x), wanted)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_inference_tensors_are_not_written_to(verb: str) -> None:
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from .generate import base_class
 from .graph_module import find_graph_uses, other_readers
 from .holder import Holder, holder_of
 from .leaf import WEIGHT, trace_leaf
+from .linear_part import LinearPart
 from .obstacles import class_obstacle, tensor_obstacle, weight_obstacle
 from .own_weights import EMBEDDING, Own, own_weights
 from .readers import Reads, weights_read
@@ -66,11 +67,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
-    tied, writers, adapted = tied_names(model), written(model), find_adapted(model)
+    tied, writers, adapted = _tied_names(model), written(model), find_adapted(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
-        if module in covered or isinstance(module, Holder):
+        if module in covered or isinstance(module, (Holder, LinearPart)):
             continue
         if isinstance(module, nn.MultiheadAttention):
             covered.update(m for m in [module._modules.get("out_proj")] if m is not None)
@@ -116,7 +117,7 @@ def _calls(candidate: Candidate) -> bool:
     )
 
 
-def tied_names(model: nn.Module) -> dict[str, list[str]]:
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Parameter name -> the other names it has, for parameters that several modules share."""
     names: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for fqn, module in model.named_modules():

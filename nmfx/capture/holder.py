@@ -47,7 +47,7 @@ class Holder(NMModule, nn.Module):
 
 def holder_of(module: nn.Module) -> Holder | None:
     """The holder of a module, or None."""
-    holder = module._modules.get(HOLDER)
+    holder = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(HOLDER)
     return holder if isinstance(holder, Holder) else None
 
 

@@ -10,6 +10,7 @@ What ranks send each other stays as it was.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,30 +23,57 @@ PART = "part"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part belongs: the class of its layer, the ranks, and the dimension that they cut.
+    """Where a part belongs.
 
-    `whole` has the parameters that were cut, as long as nothing was written.
+    Attributes:
+        base: the class of the layer.
+        mesh: the ranks.
+        dim: the dimension of the weight that they cut: 0 are rows (colwise), 1 columns (rowwise).
+        rank: which part this is.
+        order: the names of the layer's parameters, as its state_dict has them.
+        whole: the parameters that were cut, as long as nothing was written.
     """
 
     base: type[nn.Module]
     mesh: Any
     dim: int
+    rank: int
+    order: tuple[str, ...]
     whole: dict[str, nn.Parameter]
 
 
 class LinearPart(nn.Module):
-    """A linear layer of which every rank computes its part; takes and gives DTensors."""
+    """A mixin: a linear layer of which every rank computes its part; takes and gives DTensors."""
 
     part: Any
-    bias: Any  # rowwise: added to the sum, of which each rank has a term
     in_features: int
     out_features: int
+
+    @property
+    def weight(self) -> Any:
+        """The DTensor of all ranks' parts, unpacked."""
+        return whole_of(self.part.weight, self._place, self._shape)
+
+    @property
+    def bias(self) -> Any:
+        """The same of the bias; that of a rowwise layer is a parameter, whole on every rank."""
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        return whole_of(self.part.bias, self._place, self._shape[:1])
+
+    @property
+    def _place(self) -> Place:
+        return self.__dict__[PLACE]
+
+    @property
+    def _shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
     def forward(self, input: Any) -> Any:
         """What `nn.Linear.forward` makes of a DTensor."""
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-        place: Place = self.__dict__[PLACE]
+        place = self._place
         columns, last = place.dim == 1, input.ndim - 1
         taken, grad = (Shard(last), Shard(last)) if columns else (Replicate(), Partial())
         x = input.redistribute(place.mesh, [taken]).to_local(grad_placements=[grad])
@@ -56,21 +84,38 @@ class LinearPart(nn.Module):
             [Partial() if columns else Shard(last)],
             run_check=False,
             shape=shape,
-            stride=strides(shape),
+            stride=_strides(shape),
         )
-        return out + self.bias if columns and self.bias is not None else out
+        bias = self._parameters.get("bias")  # of a sum, of which each rank has a term
+        return out if bias is None else out + bias.to(out.dtype)
 
     def extra_repr(self) -> str:
-        place: Place = self.__dict__[PLACE]
-        cut = "columns" if place.dim == 1 else "rows"
-        return f"{cut} of the weight, rank {place.mesh.get_local_rank()} of {place.mesh.size()}"
+        cut = "columns" if self._place.dim == 1 else "rows"
+        return f"{cut} of the weight, part {self._place.rank} of {self._place.mesh.size()}"
 
 
-def strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return torch.empty(shape, device="meta").stride()
+@functools.cache
+def part_class(base: type[nn.Module]) -> type[nn.Module]:
+    """`LinearPart` of a class of linear layers, with the name and the other members of that."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (LinearPart, base), names)
+
+
+def whole_of(part: Any, place: Place, shape: torch.Size) -> Any:
+    """A DTensor of what each rank has a part of; shares the memory of this one."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if part is None:
+        return None
+    return DTensor.from_local(
+        part, place.mesh, [Shard(place.dim)], run_check=False, shape=shape, stride=_strides(shape)
+    )
 
 
 def has_parts(model: nn.Module) -> bool:
     """Whether a model computes with parts of weights, each on another rank."""
     return any(isinstance(module, LinearPart) for module in model.modules())
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()

@@ -179,7 +179,7 @@ class Neighbours:
 
 def _has_no_forward(module: nn.Module) -> bool:
     """Lists, dictionaries, and the plain modules that keep the names of a graph."""
-    return type(module).forward is nn.Module.forward
+    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
 def activation_of(neighbour: Neighbour) -> str | None:

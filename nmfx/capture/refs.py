@@ -12,7 +12,7 @@ from ..errors import NMError
 from ..mask import DTYPES
 from ..ops.sr_ste import make_control
 from .holder import Holder, holder_of
-from .site import SITES, Site, control_name, get_path, join
+from .site import SITES, Site, control_name, get_path, join, mask_name
 
 GONE = "its weight is gone since it was sparsified; give the layer a parameter again"
 
@@ -80,7 +80,8 @@ def check_parameter(ref: SiteRef) -> None:
     """Refuses a weight that was replaced by one that has no N:M groups.
 
     Raises:
-        NMError: M does not divide it any more, or its dtype has no order.
+        NMError: M does not divide it any more, its dtype has no order, or its fixed mask has
+            another shape.
     """
     site, weight = ref.site, ref.parameter
     size = weight.shape[site.dim]
@@ -93,6 +94,12 @@ def check_parameter(ref: SiteRef) -> None:
         raise NMError(
             f"{ref.name}: it was replaced since it was sparsified, and {weight.dtype} has no N:M "
             f"order; give it a float weight again"
+        )
+    mask = ref.store.__dict__[mask_name(ref.index)] if site.state == "frozen" else weight
+    if mask.shape != weight.shape:
+        raise NMError(
+            f"{ref.name}: it was replaced since its mask was fixed, and the mask has the shape "
+            f"{tuple(mask.shape)}; give it such a weight again, or nmfx.unfreeze it"
         )
 
 
