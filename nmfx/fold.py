@@ -128,10 +128,12 @@ def bake(model: nn.Module, begun: list[str] | None = None) -> None:
     refs = [ref for ref in iter_sites(model) if not ref.site.lowered]
     # The largest first: if memory for its mask is there, so it is for all others.
     for ref in sorted(refs, key=lambda ref: ref.parameter.nbytes, reverse=True):
-        masked = masked_weight(ref)
-        if begun is not None:
-            begun.append(ref.name)
-        ref.parameter.copy_(masked)
+        # A DTensor that is none of inference mode cannot be detached in it.
+        with torch.inference_mode(ref.parameter.is_inference()), torch.no_grad():
+            masked = masked_weight(ref)
+            if begun is not None:
+                begun.append(ref.name)
+            ref.parameter.copy_(masked)
         del masked  # before the next one is made
     restore(model)
 

@@ -191,6 +191,17 @@ def check_tp_lower_under_modes() -> None:
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
+def check_tp_fold_and_lower_under_inference_mode() -> None:
+    """Of parameters that were made outside of it."""
+    for verb in (nmfx.fold, lambda model, **how: nmfx.lower(model, (X,), tune=False, **how)):
+        model = before(24)
+        folded = nmfx.fold(model)
+        with torch.inference_mode():
+            verb(model, inplace=True)
+        check_equal(nmfx.fold(model) if parts(model) else model, folded)
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 def check_tp_lower_two_meshes() -> None:
     """One layer is cut on a mesh of one rank, the other on both, and one rank has N:M rows."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
