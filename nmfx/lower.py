@@ -159,16 +159,16 @@ def _lowered(
             if parallel:
                 split_into_parts(model)
                 plan = make_plan(model, required=False)
-                forget_whole(model)
             bake(model)
             targets = [Target(entry.candidate, entry.pattern) for entry in plan.entries]
-            alone = not talks(model, calls)
+            alone = not (parallel or talks(model, calls))
             if cuda_graph and not alone:
                 raise NMError(f"cuda_graph=True: {TALKS}; leave cuda_graph=False")
             timed = tune and targets and alone
             dense_ms = whole_ms(model, calls, cuda_graph) if timed else None
             fusing.fold_norms(targets)
             undo = Undo(model, targets)
+            forget_whole(model)
             job = Job(
                 model, calls, expected, targets, undo, fusing, inplace, keep, cuda_graph, alone
             )
