@@ -697,7 +697,7 @@ def test_an_attention_without_its_projection_is_reported() -> None:
 
 
 # torch itself warns that torch.jit is deprecated.
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of torch's own nn.LSTM
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
