@@ -25,7 +25,8 @@ def talks(model: nn.Module, calls: list[Call]) -> bool:
     """Whether a model exchanges tensors with other processes when it runs.
 
     Such a model must be run as often by all of them: none may decide by its own clock. Where there
-    are several, the calls are run once to see it.
+    are several, the calls are run once to see it. What a forward does in other threads, or inside
+    the branches of higher-order operators, is not seen.
     """
     if not are_several():
         return False
