@@ -108,9 +108,16 @@ def undisturbed(
 
 
 def run_calls(model: nn.Module, calls: list[Call]) -> list[Any]:
-    """The outputs of all calls; each run of them starts from the same random state."""
+    """The outputs of all calls; each run of them starts from the same random state.
+
+    What other ranks have yet to send is waited for, so that outputs may be dropped.
+    """
     with kept_random_state():
-        return [model(*args, **kwargs) for args, kwargs in calls]
+        outputs = [model(*args, **kwargs) for args, kwargs in calls]
+    for tensor in _tensors(outputs):
+        if type(tensor).__name__ == "AsyncCollectiveTensor":
+            tensor.wait()  # type: ignore[attr-defined]
+    return outputs
 
 
 def compare_outputs(expected: Any, actual: Any, number: int) -> None:

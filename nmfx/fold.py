@@ -100,7 +100,7 @@ def _ready(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
     if isinstance(model, nn.Module):
         given, model = model, taken_over(model, inplace)
         inplace |= model is not given
-    if not isinstance(model, nn.Module) or not (any(iter_sites(model)) or has_parts(model)):
+    if not isinstance(model, nn.Module) or not (any(iter_sites(model)) or _was_lowered(model)):
         sites_of(model, "fold")  # tells what is wrong
     if not inplace:
         refuse_copy(model, "fold")
@@ -113,6 +113,11 @@ def _ready(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
         if not ref.site.lowered and ref.parameter.is_meta:
             raise NMError(f"{ref.name}: it is on the meta device, so there is nothing to fold")
     return model, inplace
+
+
+def _was_lowered(model: nn.Module) -> bool:
+    """Whether `lower` made it, perhaps with all layers dense."""
+    return has_parts(model) or NOTES in marks_of(model)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from nmfx.ops.weight_copy import can_prepack
 from nmfx.tuning.layers import Layer, multiply_adds
 from nmfx.tuning.progress import progress
 from nmfx.tuning.shapes import Recorder
+from nmfx.tuning.timer import Times
 
 X = torch.linspace(-2, 2, 3 * 16).reshape(3, 16).sin()
 PREPACKS = can_prepack(X) is None
@@ -259,6 +260,37 @@ def test_the_whole_model_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3     3.000      1.000  3.00x" in text
 
 
+def test_what_a_busy_machine_took_is_said_and_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = install(monkeypatch, PACKED_WINS)
+
+    def busy(*args: Any, **kwargs: Any) -> Times:
+        times = Times(fake(*args, **kwargs))
+        times.busy = True
+        return times
+
+    monkeypatch.setattr("nmfx.tuning.timer.measure", busy)
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), "2:4")
+    for _ in range(2):
+        notes = nmfx.report(nmfx.lower(model, (X,))).notes
+        assert "(layer, shape) pairs timed now: 1, known before: 0" in notes
+        assert any(note.startswith("1 of these were timed while something else") for note in notes)
+
+
+def test_where_everything_stays_dense_fold_takes_that_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, DENSE_WINS)
+    model = nmfx.sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), "2:4")
+    fast = nmfx.lower(model, (X,))
+    assert {row.state for row in nmfx.report(fast).rows} == {"dense"}
+    folded = nmfx.fold(fast)
+    assert folded is not fast
+    assert not nmfx.report(folded).notes
+    assert torch.equal(folded(X), fast(X))
+    install(monkeypatch, PACKED_WINS)
+    assert "packed" in {row.state for row in nmfx.report(nmfx.lower(folded, (X,))).rows}
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_model_that_is_slower_as_a_whole_stays_dense(
     inplace: bool, monkeypatch: pytest.MonkeyPatch
@@ -282,6 +314,7 @@ def test_a_slow_moment_does_not_undo_the_model(monkeypatch: pytest.MonkeyPatch) 
     lowered = nmfx.lower(model, (X,))
     assert states(lowered) == ["packed", "packed", "dense"]
     assert nmfx.report(lowered).rows[0].ratio == 3.0
+    assert "timed again, dense takes 5.000 ms: lowered is not slower" in nmfx.report(lowered).notes
     torch.testing.assert_close(lowered.eval()(X), nmfx.fold(model).eval()(X))
 
 

@@ -55,6 +55,19 @@ def test_timer_reports_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ms["a"] == pytest.approx(2.0)
 
 
+def test_of_a_busy_machine_the_shortest_runs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = itertools.cycle([1e-3, 7e-3, 8e-3])
+    now = [0.0]
+
+    def run() -> None:
+        now[0] += next(lengths)
+
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    ms = timer.measure({"a": run}, budget_s=0.05)
+    assert ms["a"] == pytest.approx(1.0)
+    assert ms.busy
+
+
 def test_timer_is_bounded() -> None:
     runs: list[int] = []
     timer.measure({"a": lambda: runs.append(0)}, budget_s=60.0)

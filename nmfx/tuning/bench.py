@@ -31,6 +31,12 @@ _KERNELS_ONLY = (
 )
 
 
+_BUSY = (
+    "{} of these were timed while something else used the processor: their shortest runs count, "
+    "and are not remembered; measure again when it is idle"
+)
+
+
 @dataclass
 class Bench:
     """Times the layers of one model.
@@ -38,12 +44,14 @@ class Bench:
     Attributes:
         model: whose size tells whether a layer finds its weights in the cache.
         timed, remembered: how many (layer, shape) pairs were timed now, and how many were known.
+        busy: how many of them were timed while something else had the machine.
         dropped: what was no candidate because its result differed from dense, in words.
     """
 
     model: nn.Module
     timed: int = 0
     remembered: int = 0
+    busy: int = 0
     dropped: list[str] = field(default_factory=list)
     _known: dict[tuple[object, ...], dict[str, float]] = field(default_factory=dict)
     _current: Tensor | None = None
@@ -112,6 +120,7 @@ class Bench:
         return [
             *(note for device in devices for note in self._notes(device)),
             f"(layer, shape) pairs timed now: {self.timed}, known before: {self.remembered}",
+            *([_BUSY.format(self.busy)] if self.busy else []),
             *self.dropped,
         ]
 
@@ -135,11 +144,11 @@ class Bench:
         if known is not None:
             self.remembered += 1
         else:
+            busy = self.busy
             known = self._measure(name, made(seen.bias, seen.rest), seen, layer)
             self.timed += 1
-            if _without_algorithms(known).keys() == set(
-                names(layer)
-            ):  # a wrong candidate is looked at again next time
+            # A wrong candidate is looked at again next time, and so is what a busy machine took.
+            if busy == self.busy and _without_algorithms(known).keys() == set(names(layer)):
                 cache.store(key, known)
         self._known[identity] = known
         return known
@@ -159,6 +168,7 @@ class Bench:
                     self._evict(device),
                     device=device,
                 )
+                self.busy += getattr(ms, "busy", False)
                 return {_with_algorithm(key, runs[key]): value for key, value in ms.items()}
             finally:
                 self._current = None
