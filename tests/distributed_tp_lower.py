@@ -13,6 +13,7 @@ from distributed_tp import WIDTHS, after, before, mesh_of_all, parallel
 from fake_timer import DENSE_WINS, PACKED_WINS, install
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -183,6 +184,20 @@ def check_tp_lower_sequence_parallel() -> None:
     fast = nmfx.lower(model, (X,), tune=False)
     assert len(parts(fast)) == 4
     check_outputs(fast, nmfx.fold(model))
+    assert sent(fast) == sent(nmfx.fold(model))
+
+
+def sent(model: nn.Module) -> dict[object, int]:
+    """How often each collective is called, forward and backward."""
+    with CommDebugMode() as comms:
+        model(X).square().sum().backward()
+    assert comms.get_total_counts() > 0
+    return dict(comms.get_comm_counts())
+
+
+def check_tp_lower_sends_the_same() -> None:
+    model = before(24)
+    assert sent(nmfx.lower(model, (X,), tune=False)) == sent(nmfx.fold(model))
 
 
 def check_tp_lower_uneven() -> None:

@@ -76,7 +76,9 @@ class LinearPart(nn.Module):
         place = self._place
         columns, last = place.dim == 1, input.ndim - 1
         taken, grad = (Shard(last), Shard(last)) if columns else (Replicate(), Partial())
-        x = input.redistribute(place.mesh, [taken]).to_local(grad_placements=[grad])
+        if tuple(input.placements) != (taken,):  # else its gradient would be summed here already
+            input = input.redistribute(place.mesh, [taken])
+        x = input.to_local(grad_placements=[grad])
         shape = torch.Size((*input.shape[:-1], self.out_features))
         out = DTensor.from_local(
             self.part(x),
