@@ -46,6 +46,16 @@ def bert(quick: bool) -> tuple[nn.Module, Tensor]:
     )
 
 
+def encoder(quick: bool) -> tuple[nn.Module, Tensor]:
+    """torch's own nn.TransformerEncoder in BERT-base's size, 16 tokens: 85M weights."""
+    width, depth = (64, 1) if quick else (768, 12)
+    layer = nn.TransformerEncoderLayer(
+        width, width // 64, 4 * width, activation="gelu", batch_first=True
+    )
+    encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    return nn.Sequential(encoder), torch.randn(1, 16, width)
+
+
 def resnet50(quick: bool) -> tuple[nn.Module, Tensor]:
     """ResNet-50, one image, batch norms folded."""
     side = 32 if quick else 224
@@ -56,6 +66,7 @@ MODELS: dict[str, tuple[Callable[[bool], tuple[nn.Module, Tensor]], tuple[str, .
     "llama-1-token": (llama, ("fp32", "bf16")),
     "gpt2-8-rows": (gpt2, ("fp32",)),
     "bert-128": (bert, ("fp32",)),
+    "encoder-16": (encoder, ("fp32",)),
     "resnet50": (resnet50, ("fp32",)),
 }
 

@@ -180,9 +180,11 @@ def _apply(target: Target, choice: Choice) -> None:
 
 def _note(target: Target, job: Job, reason: str, choice: Choice | None = None) -> None:
     """Leaves the reason and the measurement on the layer, for the report."""
-    fields, path = marks_of(target.candidate.host), target.candidate.path
+    layer = target.candidate
+    c = target.found if target.state == DENSE else layer
+    fields, path = marks_of(c.host), c.path
     state = ["folded"] if choice is not None and choice.name == DENSE else []
-    if job.keep is not None and target.candidate.kind == "conv":
+    if job.keep is not None and (layer.kind == "conv" or layer.capture == "scoped"):
         state.append(NOT_LINEAR)
     if not _is_dense(job.model, target.candidate.name):
         others = [name for name in target.candidate.tied if _is_dense(job.model, name)]

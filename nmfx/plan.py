@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from .capture.attention import why_not_lowered
 from .capture.candidates import Candidate, find_candidates, only_read
 from .capture.forms import compressed_names, packed_names
 from .capture.graph_module import find_graph_uses, masked_uses
@@ -106,7 +107,11 @@ def obstacle_to_packing(candidate: Candidate, pattern: Pattern, weight: Tensor) 
         dims = f"{weight.ndim - 2}-D " if weight.ndim > 4 else ""
         return f"{dims}{candidate.kind} has no packed kernel yet"
     if candidate.capture == "scoped":
-        return "its weight is not read by a traced linear"
+        if not isinstance(candidate.host, nn.MultiheadAttention):
+            return "its weight is not read by a traced linear"
+        reason = why_not_lowered(candidate.host, candidate.path)
+        if reason is not None:
+            return reason
     module, name = place_of(candidate.host, candidate.path)
     taken = [key for key in (*packed_names(name), *compressed_names(name)) if hasattr(module, key)]
     if taken:
@@ -126,6 +131,8 @@ def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
 
 
 def _unpackable_graph(candidate: Candidate) -> str | None:
+    if candidate.capture == "scoped":
+        return None  # attention.py knows its uses
     if candidate.capture == "leaf":
         _, uses, _ = trace_leaf(candidate.host)
         return can_pack(uses)

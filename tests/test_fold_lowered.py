@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), ROWS, 2),
     "conv": (convs, ROWS, 1),
     "gpt": (Gpt, ROWS, 2),
-    "encoder": (Encoder, ROWS, 2),
+    "encoder": (Encoder, ROWS, 4),
     "traced": (lambda: traced(Functional()), ROWS, 4),
     "exported": (lambda: exported(Functional()), ROWS, 4),
     "gpt traced": (lambda: fx.symbolic_trace(Gpt()), ROWS, 2),

@@ -530,8 +530,6 @@ def mixed() -> nn.Module:
 REASONS = {
     "up.weight": "conv_transpose has no packed kernel yet; folded",
     "branch.weight": "its weight is not read by a traced linear; folded",
-    "attention.in_proj_weight": "its weight is not read by a traced linear; folded",
-    "attention.out_proj.weight": "its weight is not read by a traced linear; folded",
     "identity.weight": "packed as 4:4 (keep 4 of every 4) it would not be smaller; folded",
     "head.weight": "kept dense by rule 'head'",
 }
@@ -545,6 +543,8 @@ def test_every_dense_layer_of_a_lowered_model_has_its_reason() -> None:
     assert {name for name, row in rows.items() if row.state == "packed"} == {
         "conv.weight",
         "gpt.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
         "fc.weight",
     }
     assert {name: rows[name].reason for name in REASONS} == REASONS
@@ -555,7 +555,7 @@ def test_every_dense_layer_of_a_lowered_model_has_its_reason() -> None:
             lowered.get_parameter(f"{name}.weight"), "1:4", 0 if name == "up" else 1
         ), f"{name}: not folded"
         assert type(lowered.get_submodule(name)).__name__[:2] != "NM", "not the original class"
-    assert type(lowered.attention) is nn.MultiheadAttention
+    assert isinstance(lowered.attention, nn.MultiheadAttention)
 
 
 def test_convolutions_over_volumes_stay_dense_with_the_reason() -> None:

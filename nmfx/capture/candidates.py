@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..graph.rewrite import Use
 from ..graph.table import groups_argument
 from .adapters import Adapted, find_adapted
+from .attention import OUT_PROJ
 from .generate import base_class
 from .graph_module import find_graph_uses, other_readers
 from .holder import Holder, holder_of
@@ -20,7 +21,7 @@ from .linear_part import LinearPart
 from .obstacles import class_obstacle, tensor_obstacle, weight_obstacle
 from .own_weights import EMBEDDING, Own, own_weights
 from .readers import Reads, weights_read
-from .site import SITES, Site, get_path, join, place_of, stored_names
+from .site import SITES, Site, get_path, is_lowered, join, place_of, stored_names
 from .tracer import Untraceable
 
 
@@ -61,6 +62,14 @@ class Candidate:
     adapted: Adapted | None = None
 
 
+def as_layer(candidate: Candidate) -> Candidate:
+    """A weight as lowering takes it: attention's output projection is a linear layer there."""
+    c = candidate
+    if not isinstance(c.host, nn.MultiheadAttention) or c.path != OUT_PROJ:
+        return c
+    return replace(c, host=c.host.out_proj, path=WEIGHT, capture="leaf", site=None)
+
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -74,7 +83,8 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if module in covered or isinstance(module, (Holder, LinearPart)):
             continue
         if isinstance(module, nn.MultiheadAttention):
-            covered.update(m for m in [module._modules.get("out_proj")] if m is not None)
+            out_proj = module._modules.get("out_proj")
+            covered.update([out_proj] if out_proj is not None and not is_lowered(out_proj) else [])
         new = _of_module(fqn, module)
         if isinstance(module, fx.GraphModule):
             new += _of_graph(fqn, module)
@@ -230,11 +240,21 @@ def scoped_candidate(fqn: str, module: nn.Module, own: Own) -> Candidate:
     if _take_site(candidate, module):
         return candidate
     candidate.obstacle = (
-        own.obstacle or class_obstacle(module) or weight_obstacle(*place_of(module, path))
+        own.obstacle
+        or _partly_lowered(module)
+        or class_obstacle(module)
+        or weight_obstacle(*place_of(module, path))
     )
     if candidate.obstacle is None:
         _measure(candidate, get_path(module, path), own.dim, 1)
     return candidate
+
+
+def _partly_lowered(module: nn.Module) -> str | None:
+    """Why a weight of an attention stays as it is when others of it are lowered."""
+    if is_lowered(module) or is_lowered(module._modules.get("out_proj")):
+        return f"other weights of this {base_class(module).__name__} are lowered; nmfx.fold first"
+    return None
 
 
 def _of_graph(fqn: str, gm: fx.GraphModule) -> list[Candidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..errors import NMError
+from .attention import attention_class
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .guards import guard_class, guards
@@ -26,6 +27,8 @@ def class_for(module: nn.Module, sites: list[Site] | None = None) -> type[nn.Mod
         return guard_class(module) or base_class(module)
     if sites[0].capture == "leaf":
         return leaf_class(module, sites[0])
+    if sites[0].lowered:
+        return attention_class(module, sites)
     return scoped_class(module, sites)
 
 

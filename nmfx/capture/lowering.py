@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..ops.weight_copy import WeightCopy
 from ..pattern import Pattern
-from .candidates import Candidate
+from .candidates import Candidate, as_layer
 from .forms import compressed_names, form_names, format_name, format_tensor, forms_of, packed_names
 from .holder import HOLDER, Holder, holder_of
 from .install import refresh, remove
@@ -40,14 +40,16 @@ class Target:
     """A layer of a folded model that may be lowered, or is, and what undoing it needs.
 
     Attributes:
-        candidate: the layer.
+        candidate: the layer, as it is when it is lowered.
         pattern: the pattern that its weight satisfies.
+        found: the layer, as `find_candidates` has it while it is dense.
         bytes: of the dense weight.
         device: where it is.
     """
 
     candidate: Candidate
     pattern: Pattern
+    found: Candidate = field(init=False)
     bytes: int = field(init=False)
     device: torch.device = field(init=False)
     _dtype: torch.dtype = field(init=False)
@@ -56,6 +58,7 @@ class Target:
     _requires_grad: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.found, self.candidate = self.candidate, as_layer(self.candidate)
         owner, name = self.owner
         c, site = self.candidate, self.candidate.site
         if site is not None and site.lowered:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .site import SITES, is_lowered
+
 
 @dataclass(frozen=True)
 class Own:
@@ -33,8 +35,11 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 def own_weights(module: nn.Module) -> list[Own] | None:
     """The weights that `module` consumes itself; None if it is none of the kinds known here."""
     if isinstance(module, nn.MultiheadAttention):  # (out, in)
-        paths = [name for name in _ATTENTION if getattr(module, name) is not None]
-        return [Own(path, "linear") for path in [*paths, "out_proj.weight"]]
+        sites = [site.path for site in module.__dict__.get(SITES, ())]
+        paths = [name for name in _ATTENTION if name in sites or getattr(module, name) is not None]
+        # Lowered, the output projection is a layer of its own: attention.py.
+        paths += [] if is_lowered(module._modules.get("out_proj")) else ["out_proj.weight"]
+        return [Own(path, "linear") for path in paths]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # (gates * hidden, in)
         return [Own(name, "recurrent") for name in _matrices(module)]
     if isinstance(module, nn.Bilinear):  # (out, in1, in2)

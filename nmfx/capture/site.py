@@ -109,6 +109,11 @@ SHARDS = "_nmfx_shards"  # of a host: weight -> the hooks of FSDP2 on its shard
 FOLDED = "_nmfx_folded"
 
 
+def is_lowered(module: nn.Module | None) -> bool:
+    """Whether a module holds a lowered weight."""
+    return module is not None and any(site.lowered for site in module.__dict__.get(SITES, ()))
+
+
 def control_name(i: int) -> str:
     """Attribute that holds the control tensor of a host's i-th site."""
     return f"_nmfx_control{i}"

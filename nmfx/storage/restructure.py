@@ -221,6 +221,7 @@ def _lower(
         c = _candidate(found, name, layer)
         target = Target(c, layer.pattern)
         reason = obstacle_to_packing(c, layer.pattern, target.weight)
+        c = target.candidate
         if layer.state == "prepacked" and c.capture != "leaf":
             reason = f"it is captured as {c.capture}"
         if reason is not None or c.capture != layer.capture:

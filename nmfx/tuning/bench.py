@@ -94,7 +94,9 @@ class Bench:
         """
         self._devices[layer.weight.device] = None
         # Made for the first shape that is not known, and only then: packing takes a while.
-        made = functools.cache(lambda bias, rest: candidates(layer, bias, rest))
+        made = functools.cache(
+            lambda bias, rest, outputs: candidates(layer.part(outputs), bias, rest)
+        )
         with torch.no_grad():
             found = [(self._ms(name, layer, seen, made), count) for seen, count in shapes.items()]
         # A candidate that failed at one shape is out at all.
@@ -145,7 +147,7 @@ class Bench:
             self.remembered += 1
         else:
             busy = self.busy
-            known = self._measure(name, made(seen.bias, seen.rest), seen, layer)
+            known = self._measure(name, made(seen.bias, seen.rest, seen.outputs), seen, layer)
             self.timed += 1
             # A wrong candidate is looked at again next time, and so is what a busy machine took.
             if busy == self.busy and _without_algorithms(known).keys() == set(names(layer)):
@@ -201,7 +203,7 @@ class Bench:
             "cold": self.is_cold(layer.weight.device),
             "candidates": names(layer),
             "kind": layer.kind,
-            "weight": [list(layer.weight.shape), str(layer.weight.dtype)],
+            "weight": [list(layer.part(seen.outputs).weight.shape), str(layer.weight.dtype)],
             "pattern": layer.pattern.text,
             "input": [list(seen.shape), list(seen.strides), seen.dtype, seen.autocast],
             "bias": seen.bias,

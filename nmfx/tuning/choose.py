@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..capture.candidates import Candidate
+from ..capture.candidates import Candidate, as_layer
 from ..capture.site import place_of
 from ..pattern import Pattern
 from .bench import Bench
@@ -47,13 +47,11 @@ def choose(
     shapes = (
         assumed(candidate.reduced, weight.dtype, _has_bias(candidate)) if seen is None else seen
     )
-    # A graph has no module of its own that could keep the copy.
-    prepack = prepack and candidate.capture == "leaf"
-    c = candidate
-    layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack)
+    c = as_layer(candidate)
+    layer = _layer(c, weight, pattern, prepack)
     if names(layer) == [DENSE]:
         return stays_dense(f"{layer.obstacles[SEMI]}; {layer.obstacles[PACKED]}")
-    keep = None if candidate.kind == "conv" else keep
+    keep = None if c.kind == "conv" or layer.in_parts else keep
     choice = bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
     return _marked(choice, layer)
 
@@ -63,8 +61,10 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
 
     Packed on the CPU; on a GPU semi-structured if it can be, which serves any number of rows.
     """
-    c = candidate
-    layer = Layer(c.kind, weight, c.dim, c.groups, pattern, prepack=False)
+    c = as_layer(candidate)
+    layer = _layer(c, weight, pattern, prepack=False)
+    if weight.is_cuda and layer.in_parts:
+        return stays_dense(_MANY_ROWS)
     forms: tuple[str, ...] = (SEMI, PACKED) if weight.is_cuda else (PACKED, SEMI)
     if weight.is_cuda and c.kind == "conv":
         if weight.shape[2:].numel() > 1:
@@ -77,8 +77,14 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED] or _MANY_ROWS}")
 
 
+def _layer(c: Candidate, weight: Tensor, pattern: Pattern, prepack: bool) -> Layer:
+    # A graph has no module of its own that could keep the copy.
+    prepack, in_parts = prepack and c.capture == "leaf", c.capture == "scoped"
+    return Layer(c.kind, weight, c.dim, c.groups, pattern, prepack, in_parts)
+
+
 _UNFOLDED = "on a GPU its input would be unfolded, which only measuring can justify"
-_MANY_ROWS = "packed it would be unpacked at every call, for all but the smallest pictures"
+_MANY_ROWS = "packed it would be unpacked at every call, for all but the smallest inputs"
 _UNTRIED = "convolutions as products of patches have not yet run on a GPU: look at the outputs"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Layer:
         groups: of a convolution, else 1.
         pattern: the pattern of the zeros.
         prepack: whether the prepacked dense layer is a candidate here.
+        in_parts: whether calls use some rows of it only: packed ones are blocks of rows.
     """
 
     kind: str
@@ -56,15 +57,25 @@ class Layer:
     groups: int
     pattern: Pattern
     prepack: bool
+    in_parts: bool = False
+
+    def part(self, outputs: tuple[int, int] | None) -> Layer:
+        """The layer that a call uses, see `Seen`."""
+        return self if outputs is None else replace(self, weight=self.weight[slice(*outputs)])
 
     @functools.cached_property  # some look at the whole weight, and wait for a GPU to do so
     def obstacles(self) -> dict[str, str | None]:
         """Why each form other than dense is no candidate; None for those that are."""
         return {
             PREPACKED: can_prepack(self.weight) if self.prepack else "no second copy is allowed",
-            SEMI: semi_structured.why_not(self.weight, self.dim, self.groups),
+            SEMI: _WHOLE
+            if self.in_parts
+            else semi_structured.why_not(self.weight, self.dim, self.groups),
             PACKED: _no_packed(self),
         }
+
+
+_WHOLE = "semi-structured it could only be used as a whole"
 
 
 def names(layer: Layer) -> list[str]:
@@ -108,7 +119,7 @@ def _made(maker: Callable[[], Run]) -> Run:
 
 def multiply_adds(layer: Layer, seen: Seen) -> int:
     """Of one call, dense: every weight is used once per row of the product."""
-    return product_rows(layer, seen) * layer.weight.numel()
+    return product_rows(layer, seen) * layer.part(seen.outputs).weight.numel()
 
 
 def product_rows(layer: Layer, seen: Seen) -> int:

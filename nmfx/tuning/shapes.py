@@ -6,15 +6,18 @@ need no code of their own; a masked weight counts as the weight it was made from
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..capture.attention import in_projection_parts
 from ..graph.table import TABLE, conv_arguments
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
@@ -33,6 +36,7 @@ class Seen:
         bias: whether there is one.
         autocast: the dtype that autocast would compute in, as a string, or None.
         rest: the other arguments of a convolution, as (keyword, value) pairs.
+        outputs: the rows of the weight that it uses (from, to), or None for all of them.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +45,7 @@ class Seen:
     bias: bool = False
     autocast: str | None = None
     rest: tuple[tuple[str, Any], ...] = ()
+    outputs: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -70,12 +75,39 @@ class Recorder(TorchFunctionMode):
             name = self._name(args[0])
             if name is not None:
                 setattr(result, _SOURCE, name)
+        if func is F.multi_head_attention_forward:
+            self._attention(inspect.signature(func).bind(*args, **kwargs).arguments)
         consumer = TABLE.get(func)
         if consumer is not None:
             name = self._name(_take(args, kwargs, consumer.position, consumer.keyword))
             if name is not None:
                 self.seen[name][describe(func, args, kwargs)] += 1
         return result
+
+    def _attention(self, call: Mapping[str, Any]) -> None:
+        """Torch's attention, which shows its products to nobody."""
+        query, key, value = (call[name] for name in ("query", "key", "value"))
+        bias = call["in_proj_bias"] is not None
+        size = call["embed_dim_to_check"]
+        if call.get("use_separate_proj_weight"):
+            for letter, x in zip("qkv", (query, key, value), strict=True):
+                self._product(call[f"{letter}_proj_weight"], x, bias)
+        else:
+            parts = in_projection_parts(query, key, value, size)
+            for x, part in parts:
+                rows = part if len(parts) > 1 else None
+                self._product(call["in_proj_weight"], x, bias, rows)
+        self._product(call["out_proj_weight"], query, call["out_proj_bias"] is not None)
+
+    def _product(
+        self, weight: Tensor, x: Tensor, bias: bool, outputs: tuple[int, int] | None = None
+    ) -> None:
+        name = self._name(weight)
+        if name is not None:
+            size = x.shape[-1]
+            shape, autocast = (x.numel() // max(1, size), size), _autocast(x.device.type)
+            seen = Seen(shape, (size, 1), str(x.dtype), bias, autocast, (), outputs)
+            self.seen[name][seen] += 1
 
     def _name(self, weight: Any) -> str | None:
         return self._names.get(id(weight)) or getattr(weight, _SOURCE, None)
@@ -101,16 +133,19 @@ def describe(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> See
     else:
         arguments = conv_arguments(func, args, kwargs)
         rest = tuple((name, _frozen(value)) for name, value in arguments.items())
-    device = inputs.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return Seen(
         shape,
         tuple(strides),
         str(inputs.dtype),
         bias is not None,
-        str(torch.get_autocast_dtype(device)) if autocast else None,
+        _autocast(inputs.device.type),
         rest,
     )
+
+
+def _autocast(device: str) -> str | None:
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)) if enabled else None
 
 
 def _take(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, keyword: str) -> Any:
