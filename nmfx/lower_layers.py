@@ -19,6 +19,7 @@ from torch import nn
 from .calls import Call, compare_outputs, output_error, run_calls
 from .capture.install import install_guards
 from .capture.lowering import Target, Undo
+from .capture.own_weights import EXPERTS
 from .capture.site import MEASURED, SKIPPED, marks_of
 from .errors import NMError
 from .fold import bake
@@ -145,7 +146,9 @@ def tune_layers(job: Job, dense_ms: float | None) -> list[str]:
 
 def _record(job: Job) -> Mapping[str, Mapping[Seen, int]]:
     """The inputs that each layer meets when the calls run, and how often."""
-    recorder = Recorder({target.candidate.name: target.weight for target in job.targets})
+    candidates = [target.candidate for target in job.targets]
+    mixtures = {c.name: c.host for c in candidates if c.kind == EXPERTS}
+    recorder = Recorder({t.candidate.name: t.weight for t in job.targets}, mixtures)
     with recorder:  # a run of its own: torch's fused paths step aside for any observer
         run_calls(job.model, job.calls)
     return recorder.seen

@@ -137,6 +137,8 @@ def matrix_shape(shape: Sequence[int], dim: int = 1) -> tuple[int, int]:
     """(rows, columns) of a weight of `shape` as the matrix that is stored: see `as_matrix`."""
     if len(shape) == 2:
         return shape[1 - dim], shape[dim]
+    if dim == 2:
+        return shape[0] * shape[1], shape[2]
     return shape[0], torch.Size(shape[1:]).numel()
 
 
@@ -144,11 +146,14 @@ def as_matrix(weight: Tensor, dim: int = 1) -> Tensor:
     """A weight as (outputs, inputs): a convolution's columns are (*kernel position, channel).
 
     Args:
-        weight: of a linear layer or a convolution.
-        dim: the dimension that a linear layer sums over; 1 for a convolution.
+        weight: of a linear layer or a convolution, or a stack (experts, out, in) of linear ones,
+            which is one matrix with the outputs of all.
+        dim: the dimension that a linear layer sums over; 1 for a convolution, 2 for a stack.
     """
     if weight.ndim == 2:
         return weight if dim == 1 else weight.t()
+    if dim == 2:
+        return weight.flatten(0, 1)
     return weight.movedim(1, -1).flatten(1)
 
 
@@ -156,6 +161,8 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], dim: int = 1) -> Tensor:
     """The weight of `shape` that `as_matrix` took apart; that of a convolution is contiguous."""
     if len(shape) == 2:
         return matrix if dim == 1 else matrix.t()
+    if dim == 2:
+        return matrix.view(tuple(shape))
     return matrix.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
 
 
@@ -207,7 +214,7 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     # By bits: with the flush-denormal flag set, `weight != 0` calls a denormal zero.
     nonzero = magnitude(weight.detach()) != 0
     size, itemsize = weight.shape[dim], weight.dtype.itemsize
-    columns = size * weight.shape[2:].numel()  # of a convolution: all kernel positions
+    columns = matrix_shape(weight.shape, dim)[1]  # of a convolution: all kernel positions
     best, best_bytes = None, BLOCK * columns * itemsize  # of one block: all blocks are alike
     # No pattern but N = M keeps more than 63 of 64: a dense weight is out after one pass, also one
     # that has a few zeros by chance.

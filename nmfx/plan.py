@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from .capture.attention import why_not_lowered
+from .capture import attention, experts
 from .capture.candidates import Candidate, find_candidates, only_read
 from .capture.forms import compressed_names, packed_names
 from .capture.graph_module import find_graph_uses, masked_uses
 from .capture.leaf import trace_leaf
+from .capture.own_weights import EXPERTS
 from .capture.parts import why_whole
 from .capture.refs import SiteRef, iter_sites
 from .capture.site import SKIPPED, get_path, marks_of, place_of
 from .errors import NMError
 from .graph.rewrite import can_pack
 from .ops.sharded import is_sharded
-from .packing import detect_pattern, makes_smaller
+from .packing import detect_pattern, makes_smaller, matrix_shape
 from .pattern import Pattern
 from .tuning.layers import PACKABLE
 
@@ -107,17 +108,19 @@ def obstacle_to_packing(candidate: Candidate, pattern: Pattern, weight: Tensor) 
         dims = f"{weight.ndim - 2}-D " if weight.ndim > 4 else ""
         return f"{dims}{candidate.kind} has no packed kernel yet"
     if candidate.capture == "scoped":
-        if not isinstance(candidate.host, nn.MultiheadAttention):
-            return "its weight is not read by a traced linear"
-        reason = why_not_lowered(candidate.host, candidate.path)
+        if candidate.kind == EXPERTS:
+            reason = experts.why_not_lowered(candidate.host, candidate.path, weight)
+        elif isinstance(candidate.host, nn.MultiheadAttention):
+            reason = attention.why_not_lowered(candidate.host, candidate.path)
+        else:
+            reason = "its weight is not read by a traced linear"
         if reason is not None:
             return reason
     module, name = place_of(candidate.host, candidate.path)
     taken = [key for key in (*packed_names(name), *compressed_names(name)) if hasattr(module, key)]
     if taken:
         return f"it has an attribute {taken[0]} of its own"
-    shape, dim = weight.shape, candidate.dim
-    columns = shape[dim] if len(shape) == 2 else shape[1:].numel()
+    columns = matrix_shape(weight.shape, candidate.dim)[1]
     if not makes_smaller(columns, pattern, weight.dtype.itemsize):
         return f"packed as {pattern} it would not be smaller"
     return _unpackable_graph(candidate)
@@ -132,7 +135,7 @@ def _for_report(candidate: Candidate, ref: SiteRef | None, reason: str) -> str:
 
 def _unpackable_graph(candidate: Candidate) -> str | None:
     if candidate.capture == "scoped":
-        return None  # attention.py knows its uses
+        return None  # attention.py and experts.py know its uses
     if candidate.capture == "leaf":
         _, uses, _ = trace_leaf(candidate.host)
         return can_pack(uses)

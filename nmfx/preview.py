@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calls import evaluation_mode, kept_random_state, parse_calls, run_calls, undisturbed
 from .capture.candidates import Candidate, find_candidates
+from .capture.own_weights import EXPERTS
 from .capture.packed import packed_weight_bytes
 from .capture.refs import GONE, weight_or_none
 from .capture.sharding import BEFORE, refuse_sharded
@@ -63,7 +64,7 @@ def preview(model: nn.Module, rules: Rules, example_inputs: Any = None) -> Repor
     seen: Mapping[str, Mapping[Seen, int]] = {}
     with kept_random_state():
         if calls:
-            seen = _run(model, calls, [d.candidate.name for d in chosen])
+            seen = _run(model, calls, [d.candidate for d in chosen])
         bench = Bench(model)
         choices = {
             d.candidate.name: _choice(bench, d.candidate, d.pattern, seen if calls else None)
@@ -74,11 +75,15 @@ def preview(model: nn.Module, rules: Rules, example_inputs: Any = None) -> Repor
     return Report(rows, tuple(_notes(rows, bool(calls), bench)))
 
 
-def _run(model: nn.Module, calls: list[Any], names: list[str]) -> Mapping[str, Mapping[Seen, int]]:
+def _run(
+    model: nn.Module, calls: list[Any], chosen: list[Candidate]
+) -> Mapping[str, Mapping[Seen, int]]:
     shared = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, shared)  # a forward may set attributes and buffers
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    recorder = Recorder({name: parameters[name] for name in names if name in parameters})
+    names = [c.name for c in chosen if c.name in parameters]
+    mixtures = {c.name: twin.get_submodule(c.module_name) for c in chosen if c.kind == EXPERTS}
+    recorder = Recorder({name: parameters[name] for name in names}, mixtures)
     with undisturbed(twin), evaluation_mode(twin, calls), recorder:
         run_calls(twin, calls)
     return recorder.seen

@@ -24,8 +24,7 @@ from ..ops.linear_nm import linear_nm
 from ..packing import BLOCK
 from .forms import packed_names
 from .generate import base_class, generated_class
-from .packed import unpack_weight
-from .read_only import read_only
+from .packed import dense_property
 from .site import Site
 
 IN_PROJ = "in_proj_weight"
@@ -173,17 +172,8 @@ def attention_class(module: nn.Module, sites: Sequence[Site]) -> type[nn.Module]
         return (y.transpose(1, 0) if turned else y), weights
 
     key = "attention", tuple((site.path, site.shape, site.pattern) for site in sites)
-    members: dict[str, Any] = {
-        path: property(functools.partial(_dense, site=site)) for path, site in packed.items()
-    }
+    members: dict[str, Any] = {path: dense_property(site) for path, site in packed.items()}
     return generated_class(base, key, lambda: forward, **members)
-
-
-def _dense(self: Any, site: Site) -> Tensor:
-    """The dense weight of a packed projection, for code that reads it; made anew every time."""
-    values, index = (getattr(self, name) for name in packed_names(site.path))
-    weight = unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
-    return read_only(weight)
 
 
 def _turned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

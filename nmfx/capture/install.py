@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from ..errors import NMError
 from .attention import attention_class
+from .experts import experts_class
 from .generate import base_class, is_generated, rebuild_with
 from .graph_module import rewrite_graph
 from .guards import guard_class, guards
@@ -28,7 +29,8 @@ def class_for(module: nn.Module, sites: list[Site] | None = None) -> type[nn.Mod
     if sites[0].capture == "leaf":
         return leaf_class(module, sites[0])
     if sites[0].lowered:
-        return attention_class(module, sites)
+        lowered = attention_class if isinstance(module, nn.MultiheadAttention) else experts_class
+        return lowered(module, sites)
     return scoped_class(module, sites)
 
 

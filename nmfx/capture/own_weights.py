@@ -29,6 +29,8 @@ class Own:
 # Of an nn.Embedding whose weight is that of an output layer too, see tied.py: (rows, features).
 EMBEDDING = Own("weight", "embedding")
 
+EXPERTS = "experts"  # the kind of a mixture's weights
+
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -65,13 +67,18 @@ def _experts(module: nn.Module) -> list[Own] | None:
     linear = isinstance(module, nn.Linear) and "weight" in _matrices(module)
     if linear or isinstance(module, nn.modules.conv._ConvNd):
         return None  # a layer of its own kind, whatever attributes a subclass has
+    lowered = [
+        Own(site.path, site.kind, site.dim)
+        for site in module.__dict__.get(SITES, ())
+        if site.lowered and site.kind == EXPERTS
+    ]
     stacked = [
         name
         for name, p in module._parameters.items()
         if p is not None and p.ndim == 3 and 1 not in p.shape[1:] and "bias" not in name.lower()
     ]
     if not stacked:
-        return None
+        return lowered or None
     transposed = getattr(module, "is_transposed", None)
     dim = None
     if isinstance(transposed, bool):
@@ -80,9 +87,9 @@ def _experts(module: nn.Module) -> list[Own] | None:
         if dim is None and base.__module__.startswith("transformers."):
             dim = _EXPERTS.get(base.__name__)
     if dim is not None:
-        return [Own(name, "experts", dim) for name in stacked]
+        return [*lowered, *(Own(name, EXPERTS, dim) for name in stacked)]
     name = type(module).__name__
     if not any(part in name.lower() for part in ("expert", "moe")):
         return None
     reason = f"nmfx does not know which dimension {name} sums over"
-    return [Own(path, "experts", obstacle=reason) for path in stacked]
+    return [Own(path, EXPERTS, obstacle=reason) for path in stacked]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from ..packing import (
     unpack_conv,
 )
 from ..pattern import Pattern
+from .forms import packed_names
+from .read_only import read_only
+from .site import Site
 
 
 def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -36,7 +40,7 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
     weight = weight.detach()
     packed = (
         pack(as_matrix(weight, dim), pattern)
-        if weight.ndim == 2
+        if weight.ndim == 2 or dim == 2
         else pack_conv(weight, groups, pattern)
     )
     again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
@@ -54,7 +58,7 @@ def unpack_weight(
     pattern: Pattern,
 ) -> Tensor:
     """The dense weight of shape `shape`; the inverse of `pack_weight`."""
-    if len(shape) > 2:
+    if len(shape) > 2 and dim != 2:
         return unpack_conv(values, index, shape, groups, pattern)
     return from_matrix(unpack(values, index, *matrix_shape(shape, dim), pattern), shape, dim)
 
@@ -171,3 +175,14 @@ def decompress_weight(
     """The dense weight of shape `shape`; the inverse of `compress_weight`."""
     rows = semi_structured.decompress(compressed, meta, *matrix_shape(shape, dim), dtype)
     return from_matrix(rows, shape, dim)
+
+
+def dense_property(site: Site) -> property:
+    """The dense weight of a packed one, for code that reads it; made anew every time."""
+
+    def read(self: Any) -> Tensor:
+        values, index = (getattr(self, name) for name in packed_names(site.path))
+        weight = unpack_weight(values, index, site.shape, site.dim, site.groups, site.pattern)
+        return read_only(weight)
+
+    return property(read)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..capture.candidates import Candidate, as_layer
+from ..capture.own_weights import EXPERTS
 from ..capture.site import place_of
 from ..pattern import Pattern
 from .bench import Bench
@@ -80,6 +81,8 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
 def _layer(c: Candidate, weight: Tensor, pattern: Pattern, prepack: bool) -> Layer:
     # A graph has no module of its own that could keep the copy.
     prepack, in_parts = prepack and c.capture == "leaf", c.capture == "scoped"
+    if c.kind == EXPERTS:  # one of them stands for all
+        return Layer("linear", weight[0], 1, 1, pattern, prepack, in_parts)
     return Layer(c.kind, weight, c.dim, c.groups, pattern, prepack, in_parts)
 
 

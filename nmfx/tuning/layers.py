@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capture.own_weights import EXPERTS
 from ..capture.packed import compress_weight, pack_weight
 from ..errors import NMError
 from ..kernels import semi_structured, triton_packed
@@ -34,7 +35,7 @@ from .shapes import Seen
 
 Run = Callable[[Tensor], Tensor]
 
-PACKABLE = ("linear", "addmm", "conv")  # kinds that have a packed kernel
+PACKABLE = ("linear", "addmm", "conv", EXPERTS)  # kinds that have a packed kernel
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ need no code of their own; a masked weight counts as the weight it was made from
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ..capture.attention import in_projection_parts
+from ..capture.site import get_path
 from ..graph.table import TABLE, conv_arguments
 from ..ops.keep import keep
 from ..ops.sr_ste import sr_ste
@@ -61,12 +65,40 @@ class Recorder(TorchFunctionMode):
 
     Args:
         weights: the parameters to watch, by name.
+        experts: the mixtures of experts that hold some of them, by the same names.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], experts: Mapping[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()
+        self._experts = experts or {}
+        self._hooks: list[RemovableHandle] = []
         self._names = {id(weight): name for name, weight in weights.items()}
         self.seen: dict[str, Counter[Seen]] = {name: Counter() for name in weights}
+
+    def __enter__(self) -> Recorder:
+        for name, module in self._experts.items():
+            observe = functools.partial(self._mixture, name)
+            self._hooks.append(module.register_forward_pre_hook(observe, with_kwargs=True))
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _mixture(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Experts: how many rows each of them meets, as powers of two."""
+        x, chosen = _take(args, kwargs, 0, "hidden_states"), _take(args, kwargs, 1, "top_k_index")
+        count, _, size = get_path(module, name.rpartition(".")[2]).shape
+        autocast = _autocast(x.device.type)
+        for rows in torch.bincount(chosen.flatten().cpu(), minlength=count)[:count].tolist():
+            if rows:
+                shape = 2 ** round(math.log2(rows)), size
+                self.seen[name][Seen(shape, (size, 1), str(x.dtype), False, autocast)] += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
