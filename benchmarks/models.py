@@ -25,6 +25,22 @@ def llama(quick: bool) -> tuple[nn.Module, Tensor]:
     return _Blocks(LlamaModel(config)), torch.randn(1, 1, config.hidden_size)
 
 
+def mixtral(quick: bool) -> tuple[nn.Module, Tensor]:
+    """Mixtral-like decoder blocks, one token, 2 of 8 experts per block, no cache: 144M weights."""
+    from transformers import MixtralConfig, MixtralModel
+
+    config = MixtralConfig(
+        hidden_size=64 if quick else 1024,
+        intermediate_size=128 if quick else 2816,
+        num_hidden_layers=1 if quick else 2,
+        num_attention_heads=2 if quick else 16,
+        num_key_value_heads=2 if quick else 16,
+        vocab_size=8,
+        use_cache=False,
+    )
+    return _Blocks(MixtralModel(config)), torch.randn(1, 1, config.hidden_size)
+
+
 def gpt2(quick: bool) -> tuple[nn.Module, Tensor]:
     """GPT-2-small-shaped blocks (torch linears, not Conv1D), 8 rows, no cache: 85M weights."""
     width, depth = (64, 1) if quick else (768, 12)
@@ -64,6 +80,7 @@ def resnet50(quick: bool) -> tuple[nn.Module, Tensor]:
 
 MODELS: dict[str, tuple[Callable[[bool], tuple[nn.Module, Tensor]], tuple[str, ...]]] = {
     "llama-1-token": (llama, ("fp32", "bf16")),
+    "mixtral-1-token": (mixtral, ("fp32",)),
     "gpt2-8-rows": (gpt2, ("fp32",)),
     "bert-128": (bert, ("fp32",)),
     "encoder-16": (encoder, ("fp32",)),
