@@ -13,13 +13,15 @@ from fake_timer import PACKED_WINS, install
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import MixtralConfig, NemotronHConfig
+from transformers import Llama4TextConfig, MixtralConfig, NemotronHConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralModel
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import nmfx
 from nmfx.capture import experts as lowered_experts
+from nmfx.capture.packed import pack_weight, unpack_weight
 from nmfx.mask import nm_project
 from nmfx.ops.experts_nm import experts_nm
 from nmfx.packing import pack
@@ -265,6 +267,49 @@ LEFT = {
         "its 72 outputs per expert do not fill packed blocks of 16",
     ),
 }
+
+
+class Routed(nn.Module):
+    """Experts that get their rows sorted, and no routing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Llama4TextExperts(
+            Llama4TextConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=COUNT)
+        )
+        for weight in self.experts.parameters():
+            nn.init.normal_(weight, std=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x)
+
+
+def test_mixtures_without_a_routing_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, PACKED_WINS)
+    model, x = Routed().eval(), torch.randn(COUNT * 3, HIDDEN)
+    rows = {row.fqn: row for row in nmfx.preview(model, {"*": "2:4"}, (x,))}
+    assert {row.state for row in rows.values()} == {"dense"}
+    sparse = nmfx.sparsify(model, {"*": "2:4"})
+    fast = nmfx.lower(sparse, (x,))
+    assert reasons(fast)["experts.down_proj"].startswith("Llama4TextExperts has a forward")
+    torch.testing.assert_close(fast(x), nmfx.fold(sparse)(x))
+
+
+def test_a_stack_is_packed_one_matrix_after_another() -> None:
+    weight = nm_project(torch.randn(3, 32, 8), "2:4", 2)
+    for found, expected in zip(
+        pack_weight(weight, 2, 1, nmfx.Pattern(2, 4)),
+        pack(weight.flatten(0, 1), "2:4"),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    odd = nm_project(torch.randn(3, 5, 8), "2:4", 2)  # blocks hold rows of several
+    assert torch.equal(
+        unpack_weight(
+            *pack_weight(odd, 2, 1, nmfx.Pattern(2, 4)), (3, 5, 8), 2, 1, nmfx.Pattern(2, 4)
+        ),
+        odd,
+    )
 
 
 @pytest.mark.parametrize("case", LEFT)

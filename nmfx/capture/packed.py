@@ -13,6 +13,7 @@ from ..errors import NMError
 from ..kernels import semi_structured
 from ..mask import same_values
 from ..packing import (
+    BLOCK,
     Shape,
     as_matrix,
     check_packed,
@@ -38,6 +39,10 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
         NMError: the weight breaks the pattern.
     """
     weight = weight.detach()
+    if dim == 2 and weight.shape[1] % BLOCK == 0:  # one by one: packing takes memory
+        parts = [pack_weight(matrix, 1, 1, pattern) for matrix in weight]
+        values, index = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return values, index
     packed = (
         pack(as_matrix(weight, dim), pattern)
         if weight.ndim == 2 or dim == 2

@@ -93,6 +93,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         """Experts: how many rows each of them meets, as powers of two."""
         x, chosen = _take(args, kwargs, 0, "hidden_states"), _take(args, kwargs, 1, "top_k_index")
+        if not isinstance(x, Tensor) or not isinstance(chosen, Tensor):
+            return  # a mixture of another kind, which cannot be lowered
         count, _, size = get_path(module, name.rpartition(".")[2]).shape
         autocast = _autocast(x.device.type)
         for rows in torch.bincount(chosen.flatten().cpu(), minlength=count)[:count].tolist():
