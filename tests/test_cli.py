@@ -93,12 +93,31 @@ def test_report_of_our_own_files(
     nmfx.save(model, tmp_path, max_shard_size="1KB")
     rows = {row["name"]: row for row in json.loads(run(capsys, "report", tmp_path, "--json"))}
     assert rows["proj.weight"]["state"] == state
-    assert rows["proj.weight"]["trained_as"] == "2:4"
+    assert rows["proj.weight"]["pattern"] == rows["proj.weight"]["trained_as"] == "2:4"
+    assert rows["odd.weight"]["pattern"] == "1:8"
     # A trained weight is not N:M yet: its pruned values are still there.
     trained = state in ("sparse", "frozen")
     assert rows["proj.weight"]["density"] == (1.0 if trained else 0.5)
     packed = sum(t.nbytes for n, t in model.state_dict().items() if n.startswith("proj.weight"))
     assert rows["proj.weight"]["bytes"] == packed
+    assert rows["proj.weight"]["satisfied"] == (not trained)
+    text = run(capsys, "report", tmp_path)
+    (line,) = (line for line in text.splitlines() if line.startswith("proj.weight"))
+    assert line.split()[3:6] == [state, "2:4", "100.0%" if trained else "50.0%"]
+    assert f"{0 if trained else 2} of 5 weights satisfy an N:M pattern" in text
+    assert ("2 are of a model in training" in text) == trained
+
+
+def test_report_of_a_tied_weight_that_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Net()
+    model.lm_head.weight = model.embed_tokens.weight
+    nmfx.save(nmfx.sparsify(model, {"lm_head": "2:4"}, tied=True), tmp_path)
+    rows = {row["name"]: row for row in json.loads(run(capsys, "report", tmp_path, "--json"))}
+    (row,) = (row for row in rows.values() if row["state"] == "sparse")
+    assert row["name"] in ("lm_head.weight", "embed_tokens.weight")
+    assert row["pattern"] == "2:4"
 
 
 # --- check --------------------------------------------------------------------------------------
@@ -121,6 +140,24 @@ def test_check_says_where_a_pattern_is_broken(
         run(capsys, "check", sparse, "--pattern", "2:4", "--only", "proj", "--json", status=1)
     )
     assert not found["ok"]
+
+
+@pytest.mark.parametrize("state", ["sparse", "frozen"])
+def test_check_of_a_model_in_training_says_fold_first(
+    state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nmfx.sparsify(Net(), {"proj": "2:4"})
+    if state == "frozen":
+        nmfx.freeze(model)
+    nmfx.save(model, tmp_path)
+    command = ("check", tmp_path, "--pattern", "2:4", "--only", "proj")
+    text = run(capsys, *command, status=1)
+    assert f"proj.weight: unmasked, of a model in training ({state}, 2:4): [0, 0:4] holds 4" in text
+    assert "fold first: nmfx.save(nmfx.fold(model), path)" in text
+    assert "fold first" in json.loads(run(capsys, *command, "--json", status=1))["advice"]
+    nmfx.save(nmfx.fold(model), tmp_path)
+    assert "fold" not in run(capsys, *command)
+    assert json.loads(run(capsys, *command, "--json"))["advice"] is None
 
 
 def test_check_of_convolutions_and_transposed_weights(

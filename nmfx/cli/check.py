@@ -33,17 +33,22 @@ def run(options: argparse.Namespace) -> None:
     if options.file.suffix == ".onnx":
         return _run_onnx(options)
     pattern = Pattern.parse(options.pattern)
-    rows = []
+    rows, unmasked = [], 0
     for weight in progress_of(weights(open_model(options.file), options), "checking"):
         skipped = weight.reason or does_not_fit(weight, pattern)
         broken = None if skipped else first_offence(weight, pattern)
+        if broken is not None and weight.layer is not None and weight.layer.unmasked:
+            layer, unmasked = weight.layer, unmasked + 1
+            trained = f"{layer.state}, {layer.pattern.text}"
+            broken = f"unmasked, of a model in training ({trained}): {broken}"
         rows.append({"name": weight.name, "skipped": skipped or None, "broken": broken})
     check_globs([str(row["name"]) for row in rows], options)
     checked = [row for row in rows if row["skipped"] is None]
     broken_rows = [row for row in checked if row["broken"] is not None]
     ok = bool(checked) and not broken_rows
+    advice = _FOLD.format(unmasked) if unmasked else None
     if options.json:
-        output.show_json({"pattern": pattern.text, "ok": ok, "weights": rows})
+        output.show_json({"pattern": pattern.text, "ok": ok, "advice": advice, "weights": rows})
     else:
         for row in rows:
             if row["skipped"] is not None:
@@ -56,9 +61,17 @@ def run(options: argparse.Namespace) -> None:
         output.say(
             f"{len(checked)} weights {verdict} {pattern}; skipped: {len(rows) - len(checked)}"
         )
+        if advice is not None:
+            output.say(advice)
     if not ok:
         sys.exit(1)
     return None
+
+
+_FOLD = (
+    "unmasked weights of a model in training, which masks them at every forward: {}; fold first: "
+    "nmfx.save(nmfx.fold(model), path)"
+)
 
 
 def does_not_fit(weight: Weight, pattern: Pattern) -> str:
