@@ -160,6 +160,40 @@ def test_check_of_a_model_in_training_says_fold_first(
     assert json.loads(run(capsys, *command, "--json"))["advice"] is None
 
 
+class Small(nn.Module):
+    """Layers of which `sparsify` leaves two dense, and no name tells that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 6), nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_check_skips_what_the_file_says_is_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    command = ("check", path, "--pattern", "2:4")
+    model = nmfx.sparsify(Small(), "2:4")
+    nmfx.save(nmfx.lower(model, tune=False), path)
+    text = run(capsys, *command)
+    assert "skipped  c.weight: the output layer stays dense by default; name it in a rule" in text
+    nmfx.save(nmfx.fold(model), path)
+    text = run(capsys, *command)
+    dense = "it was dense when nmfx wrote the file; --only checks it all the same"
+    assert f"skipped  c.weight: {dense}" in text
+    assert "skipped  b.weight: its 6 inputs are no multiple of 4" in text
+    assert "1 weights satisfy 2:4 (keep 2 of every 4); skipped: 2" in text
+    assert "broken   c.weight: [0, 0:4]" in run(capsys, *command, "--only", "c", status=1)
+    # Nothing is known from a file of others, or of a model without any N:M layer.
+    save_file(nmfx.fold(model).state_dict(), path)
+    assert "broken   c.weight" in run(capsys, *command, status=1)
+    nmfx.save(Small(), path)
+    assert "broken   a.weight" in run(capsys, *command, status=1)
+
+
 def test_check_of_convolutions_and_transposed_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
