@@ -365,9 +365,40 @@ def test_bench_prints_a_table_and_draws_it(
     assert "3072 x 768" in text
     assert "3.00x" in text
     assert out.read_bytes()[:4] == b"\x89PNG"
+    assert f"picture: {out}" in text
+    assert text.index("linear layers in float32 on") < text.index("measuring 3072 x 768 (0 of 4")
+    assert text.index("measuring 1024 x 1024 (2 of 4 done)") < text.index("fastest ms")
     found = json.loads(run(capsys, *arguments, "--json"))
     assert [one["rows"] for one in found["layers"]] == [1, 4, 1, 4]
     assert {one["ratio"] for one in found["layers"]} == {3.0}
+
+
+def test_bench_without_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PACKED_WINS)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("bench", "--quick", "--rows", 1, "--pattern", "2:4")
+    text = run(capsys, *arguments, "--no-plot")
+    assert "3.00x" in text
+    assert "picture" not in text
+    assert not list(tmp_path.iterdir())
+    assert f"picture: {tmp_path / 'nmfx_bench.png'}" in run(capsys, *arguments)
+    assert "--no-plot" in run(capsys, *arguments, "--no-plot", "--out", "x.png", status=2)
+
+
+def test_bench_tells_at_once_what_it_does(tmp_path: Path) -> None:
+    """Into a file nothing is held back until all is measured: it takes minutes."""
+    code = (
+        "import nmfx.cli.bench as bench, os\n"
+        "bench._time = lambda *one: os._exit(7)\n"
+        "from nmfx.__main__ import main\n"
+        "main(['bench', '--no-plot'])\n"
+    )
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, timeout=300)
+    assert done.returncode == 7
+    assert "measuring 4096 x 4096 (0 of 45 done)" in (tmp_path / "log").read_text()
 
 
 def test_doctor_says_what_is_fast_and_what_is_not(
