@@ -71,6 +71,8 @@ class Fusing:
         dims = self.witness.dims(found[0])
         why = self._norms.fold_module(target, found[0], norm in self._training, dims)
         text = self._names[norm]
+        if text.replace(".", "").isdigit():  # in an nn.Sequential: "1 folded in" reads as a count
+            text = f"batch norm {text}"
         if why is None:
             self._folded.add(norm)
             self._remark(target, f"{text} folded in")

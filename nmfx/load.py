@@ -23,6 +23,7 @@ from .storage.restructure import restructure
 from .storage.snapshot import Snapshot
 from .storage.spec import Spec
 from .storage.tensors import BUFFER, MASK, Slot, file_name, same_memory, slots_of
+from .storage.wrapped import refuse_wrapped
 
 
 def load(
@@ -72,6 +73,7 @@ def _load(path: str | os.PathLike[str], model: nn.Module, device: torch.device |
     source = open_model(path)
     spec, tensors = _read(source)
     named = tensors if spec is None else all_names(spec, tensors)
+    _refuse_wrapped(source, model, {*named, *(() if spec is None else spec.layers)})
     snapshot, plan = Snapshot(model), None
     try:
         if spec is not None:
@@ -85,6 +87,15 @@ def _load(path: str | os.PathLike[str], model: nn.Module, device: torch.device |
         else:  # every value is here and checked, so the way out is forward
             _finish(model, *plan)
         raise
+
+
+def _refuse_wrapped(source: Source, model: nn.Module, names: set[str]) -> None:
+    own = {name for name in names if not name.startswith((BUFFER, MASK))}
+    refuse_wrapped(
+        [name for name, _ in model.named_parameters(remove_duplicate=False)],
+        own,
+        str(source.place.single),
+    )
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -80,9 +80,17 @@ def density(tensor: Tensor) -> float:
 
     `tensor` is float16/32/64 or bfloat16, like the weights that have a mask.
     """
+    if not tensor.numel():
+        return 1.0
+    flat = torch.atleast_1d(tensor.detach())
+    lines = max(1, _PART * len(flat) // flat.numel())
     # By bits: with the flush-denormal flag set, `tensor != 0` calls a denormal zero.
-    nonzero = int((magnitude(tensor.detach()) != 0).sum())
-    return nonzero / tensor.numel() if tensor.numel() else 1.0
+    nonzero = [(magnitude(part) != 0).sum() for part in flat.split(lines)]
+    return int(torch.stack(nonzero).sum()) / flat.numel()
+
+
+# Elements that are counted together: what is made of them stays in the cache, see `packing.py`.
+_PART = 2**19
 
 
 def kept_energy(weight: Tensor, mask: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .capture.candidates import Candidate, find_candidates, read_around
+from .capture.folded import folded_pattern
 from .capture.fsdp import notes_on_rounding
 from .capture.obstacles import computed_since
 from .capture.own_weights import own_weights
@@ -18,6 +19,7 @@ from .capture.site import COPY, MADE_ON, MEASURED, NOTES, SKIPPED, marks_of, pla
 from .capture.take_over import decomposed_names, exported_nodes
 from .errors import NMError
 from .kernels.masks import why_plain
+from .metrics import density
 from .ops.compiled import UNFUSED_REASON
 from .report_table import Report, Row, numel
 from .tuning.hardware import machine
@@ -26,7 +28,9 @@ from .tuning.hardware import machine
 def report(model: nn.Module) -> Report:
     """One row per linear and conv weight of any model: pattern, state, or the reason it is dense.
 
-    Changes nothing and runs nothing.
+    A weight without a mask whose own zeros are N:M is "folded", with the pattern that makes it the
+    smallest, whoever pruned it; to tell, a few lines of each such weight are read, and all of it
+    where these are N:M. Changes nothing and runs nothing.
 
     Raises:
         NMError: not an nn.Module.
@@ -86,18 +90,20 @@ def _row(candidate: Candidate, reader: str | None) -> Row:
     times = marks_of(candidate.host).get(MEASURED, {}).get(candidate.path, ())
     dense = dense_bytes(candidate)
     if site is None:
+        reason = _compiled(candidate) or reason or candidate.obstacle or ""
+        pattern = None if reason else folded_pattern(candidate)
         return Row(
             candidate.name,
             candidate.kind,
             candidate.shape,
-            None,
-            "dense",
+            pattern,
+            "dense" if pattern is None else "folded",
             "",
             None,
             False,
             dense,
             dense,
-            _compiled(candidate) or reason or candidate.obstacle or "not sparsified",
+            reason or ("not sparsified" if pattern is None else _zeros(candidate)),
             *times,
         )
     return Row(
@@ -121,6 +127,11 @@ def _compiled(candidate: Candidate) -> str:
     module, name = place_of(candidate.host, candidate.path)
     weight = module._parameters.get(name)
     return "" if weight is None else remarks(weight)
+
+
+def _zeros(candidate: Candidate) -> str:
+    """How many zeros a folded weight has: its pattern tells how many at least."""
+    return f"{density(weight_or_none(candidate.host, candidate.path)):.1%} nonzero"
 
 
 def _explanation(candidate: Candidate, reader: str | None) -> str:

@@ -30,14 +30,15 @@ class Row:
         kind: "linear", "addmm", "conv", "conv_transpose", "recurrent", "bilinear", "experts", or
             the class of what nmfx leaves alone.
         shape: of the dense weight.
-        pattern: the pattern in force, or None for a dense layer.
+        pattern: the pattern in force, that which the zeros of a folded layer satisfy, or None for a
+            dense layer.
         state: "sparse" (masked at every forward), "frozen" (fixed mask), "packed",
             "semi_structured" (2:4 on a GPU's sparse tensor cores), "prepacked" (dense, with a copy
-            in oneDNN's layout), two forms like "packed+dense" (the first for few rows) or "dense";
-            from `nmfx.preview`, "would pack", "would be semi_structured", "would prepack" or
-            "dense".
+            in oneDNN's layout), two forms like "packed+dense" (the first for few rows), "folded"
+            (a dense weight without a mask whose zeros are N:M) or "dense"; from `nmfx.preview`,
+            "would pack", "would be semi_structured", "would prepack" or "dense".
         capture: "leaf", "scoped" or "graph" for rewritten layers, else "".
-        lambda_w: strength of the SR-STE decay; None for a dense or lowered layer.
+        lambda_w: strength of the SR-STE decay; None for a dense, folded or lowered layer.
         attached: whether an optimizer applies the decay (`nmfx.attach`).
         bytes_dense, bytes: of the dense weight, and as it is stored now, with all copies.
         reason: why the layer is as it is, where that needs one.

@@ -17,6 +17,7 @@ from .storage.content import check_mask
 from .storage.restructure import schedule
 from .storage.snapshot import Snapshot
 from .storage.spec import Layer
+from .storage.wrapped import refuse_wrapped
 
 _VERSION = 1
 
@@ -76,6 +77,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     given, masks = state.get("layers"), state.get("masks")
     if not isinstance(given, dict) or not isinstance(masks, dict):
         raise NMError("the state has no 'layers' and 'masks', as nmfx.state_dict returns them")
+    refuse_wrapped(refs, map(str, given), "the state of nmfx.state_dict")
     odd = sorted(map(str, given.keys() ^ refs.keys()))
     if odd:
         raise NMError(f"{odd[0]}: sparsified either in the model or in the state, not in both")

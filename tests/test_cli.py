@@ -93,12 +93,31 @@ def test_report_of_our_own_files(
     nmfx.save(model, tmp_path, max_shard_size="1KB")
     rows = {row["name"]: row for row in json.loads(run(capsys, "report", tmp_path, "--json"))}
     assert rows["proj.weight"]["state"] == state
-    assert rows["proj.weight"]["trained_as"] == "2:4"
+    assert rows["proj.weight"]["pattern"] == rows["proj.weight"]["trained_as"] == "2:4"
+    assert rows["odd.weight"]["pattern"] == "1:8"
     # A trained weight is not N:M yet: its pruned values are still there.
     trained = state in ("sparse", "frozen")
     assert rows["proj.weight"]["density"] == (1.0 if trained else 0.5)
     packed = sum(t.nbytes for n, t in model.state_dict().items() if n.startswith("proj.weight"))
     assert rows["proj.weight"]["bytes"] == packed
+    assert rows["proj.weight"]["satisfied"] == (not trained)
+    text = run(capsys, "report", tmp_path)
+    (line,) = (line for line in text.splitlines() if line.startswith("proj.weight"))
+    assert line.split()[3:6] == [state, "2:4", "100.0%" if trained else "50.0%"]
+    assert f"{0 if trained else 2} of 5 weights satisfy an N:M pattern" in text
+    assert ("2 are of a model in training" in text) == trained
+
+
+def test_report_of_a_tied_weight_that_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Net()
+    model.lm_head.weight = model.embed_tokens.weight
+    nmfx.save(nmfx.sparsify(model, {"lm_head": "2:4"}, tied=True), tmp_path)
+    rows = {row["name"]: row for row in json.loads(run(capsys, "report", tmp_path, "--json"))}
+    (row,) = (row for row in rows.values() if row["state"] == "sparse")
+    assert row["name"] in ("lm_head.weight", "embed_tokens.weight")
+    assert row["pattern"] == "2:4"
 
 
 # --- check --------------------------------------------------------------------------------------
@@ -121,6 +140,58 @@ def test_check_says_where_a_pattern_is_broken(
         run(capsys, "check", sparse, "--pattern", "2:4", "--only", "proj", "--json", status=1)
     )
     assert not found["ok"]
+
+
+@pytest.mark.parametrize("state", ["sparse", "frozen"])
+def test_check_of_a_model_in_training_says_fold_first(
+    state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nmfx.sparsify(Net(), {"proj": "2:4"})
+    if state == "frozen":
+        nmfx.freeze(model)
+    nmfx.save(model, tmp_path)
+    command = ("check", tmp_path, "--pattern", "2:4", "--only", "proj")
+    text = run(capsys, *command, status=1)
+    assert f"proj.weight: unmasked, of a model in training ({state}, 2:4): [0, 0:4] holds 4" in text
+    assert "fold first: nmfx.save(nmfx.fold(model), path)" in text
+    assert "fold first" in json.loads(run(capsys, *command, "--json", status=1))["advice"]
+    nmfx.save(nmfx.fold(model), tmp_path)
+    assert "fold" not in run(capsys, *command)
+    assert json.loads(run(capsys, *command, "--json"))["advice"] is None
+
+
+class Small(nn.Module):
+    """Layers of which `sparsify` leaves two dense, and no name tells that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 6), nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_check_skips_what_the_file_says_is_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    command = ("check", path, "--pattern", "2:4")
+    model = nmfx.sparsify(Small(), "2:4")
+    nmfx.save(nmfx.lower(model, tune=False), path)
+    text = run(capsys, *command)
+    assert "skipped  c.weight: the output layer stays dense by default; name it in a rule" in text
+    nmfx.save(nmfx.fold(model), path)
+    text = run(capsys, *command)
+    dense = "it was dense when nmfx wrote the file; --only checks it all the same"
+    assert f"skipped  c.weight: {dense}" in text
+    assert "skipped  b.weight: its 6 inputs are no multiple of 4" in text
+    assert "1 weights satisfy 2:4 (keep 2 of every 4); skipped: 2" in text
+    assert "broken   c.weight: [0, 0:4]" in run(capsys, *command, "--only", "c", status=1)
+    # Nothing is known from a file of others, or of a model without any N:M layer.
+    save_file(nmfx.fold(model).state_dict(), path)
+    assert "broken   c.weight" in run(capsys, *command, status=1)
+    nmfx.save(Small(), path)
+    assert "broken   a.weight" in run(capsys, *command, status=1)
 
 
 def test_check_of_convolutions_and_transposed_weights(
@@ -294,9 +365,40 @@ def test_bench_prints_a_table_and_draws_it(
     assert "3072 x 768" in text
     assert "3.00x" in text
     assert out.read_bytes()[:4] == b"\x89PNG"
+    assert f"picture: {out}" in text
+    assert text.index("linear layers in float32 on") < text.index("measuring 3072 x 768 (0 of 4")
+    assert text.index("measuring 1024 x 1024 (2 of 4 done)") < text.index("fastest ms")
     found = json.loads(run(capsys, *arguments, "--json"))
     assert [one["rows"] for one in found["layers"]] == [1, 4, 1, 4]
     assert {one["ratio"] for one in found["layers"]} == {3.0}
+
+
+def test_bench_without_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, PACKED_WINS)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("bench", "--quick", "--rows", 1, "--pattern", "2:4")
+    text = run(capsys, *arguments, "--no-plot")
+    assert "3.00x" in text
+    assert "picture" not in text
+    assert not list(tmp_path.iterdir())
+    assert f"picture: {tmp_path / 'nmfx_bench.png'}" in run(capsys, *arguments)
+    assert "--no-plot" in run(capsys, *arguments, "--no-plot", "--out", "x.png", status=2)
+
+
+def test_bench_tells_at_once_what_it_does(tmp_path: Path) -> None:
+    """Into a file nothing is held back until all is measured: it takes minutes."""
+    code = (
+        "import nmfx.cli.bench as bench, os\n"
+        "bench._time = lambda *one: os._exit(7)\n"
+        "from nmfx.__main__ import main\n"
+        "main(['bench', '--no-plot'])\n"
+    )
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, timeout=300)
+    assert done.returncode == 7
+    assert "measuring 4096 x 4096 (0 of 45 done)" in (tmp_path / "log").read_text()
 
 
 def test_doctor_says_what_is_fast_and_what_is_not(

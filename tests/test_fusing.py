@@ -122,7 +122,7 @@ def test_what_would_overflow_is_not_folded() -> None:
         model[0].weight.copy_(weight)
     model = nmfx.sparsify(model, "2:4")
     lowered = nmfx.lower(model, (torch.zeros(1, 4, 2, 2),), tune=False)
-    assert reasons(lowered)["0"] == "1 stays: folded in, its weights would overflow"
+    assert reasons(lowered)["0"] == "batch norm 1 stays: folded in, its weights would overflow"
 
 
 # --- modules -----------------------------------------------------------------------------------
@@ -218,14 +218,14 @@ def test_a_bias_that_two_layers_share_is_not_changed_for_the_other() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 1), normal(8), nn.Conv2d(8, 8, 1), normal(8))
     model[2].bias = model[0].bias
     lowered, found = lowered_equals_folded(sparse(model))
-    assert found == {"0": "1 folded in", "2": "3 folded in"}
+    assert found == {"0": "batch norm 1 folded in", "2": "batch norm 3 folded in"}
     assert not torch.equal(lowered[0].bias, lowered[2].bias)
 
 
 def test_one_dimension_and_no_affine() -> None:
     norm = normal(8, nn.BatchNorm1d, affine=False)
     _, found = lowered_equals_folded(sparse(nn.Conv1d(8, 8, 3), norm, nn.ReLU()), X[..., 0])
-    assert found["0"] == "1 folded in; relu fused"
+    assert found["0"] == "batch norm 1 folded in; relu fused"
 
 
 # --- what must stay ----------------------------------------------------------------------------
@@ -295,7 +295,11 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "its statistics are read": (ReadsStatistics, "c1", ""),
     "an optional argument": (Optional, "c1", ""),
     "values decide": (Values, "c1", "what follows it is not known: Values.forward does not trace"),
-    "more than a convolution": (scaled, "0", "1 stays: the layer computes more than a convolution"),
+    "more than a convolution": (
+        scaled,
+        "0",
+        "batch norm 1 stays: the layer computes more than a convolution",
+    ),
     "a subclass": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), normal(8, Doubled)), "0", ""),
     "a hook on the layer": (lambda: hooked("0"), "0", ""),
     "a hook on the norm": (lambda: hooked("1"), "0", ""),
@@ -305,7 +309,7 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "batch statistics": (
         lambda: nn.Sequential(nn.Conv2d(8, 8, 1), normal(8, track_running_stats=False)),
         "0",
-        "1 stays: it has no running statistics",
+        "batch norm 1 stays: it has no running statistics",
     ),
 }
 
@@ -563,7 +567,7 @@ FrozenBatchNorm2d.__module__ = "torchvision.ops.misc"
 def test_a_batch_norm_behind_a_linear_layer_is_folded() -> None:
     model = nn.Sequential(nn.Linear(8, 12), normal(12, nn.BatchNorm1d), nn.ReLU(), nn.Linear(12, 8))
     lowered, found = lowered_equals_folded(sparse(model), torch.randn(5, 8))
-    assert found["0"] == "1 folded in; relu fused"
+    assert found["0"] == "batch norm 1 folded in; relu fused"
     assert type(lowered[1]) is type(lowered[2]) is nn.Identity
     assert nmfx.is_nm(nmfx.fold(lowered)[0].weight, "2:4", 1)
 
@@ -574,7 +578,7 @@ def test_a_batch_norm_over_positions_stays(length: int) -> None:
     model = sparse(nn.Sequential(nn.Linear(8, 8), normal(length, nn.BatchNorm1d)))
     _, found = lowered_equals_folded(model, torch.randn(3, length, 8))
     assert found["0"] == (
-        "1 stays: it does not normalise the channels of a convolution or linear layer"
+        "batch norm 1 stays: it does not normalise the channels of a convolution or linear layer"
     )
 
 
@@ -584,7 +588,7 @@ def test_a_frozen_batch_norm_is_folded_in_train_mode_too() -> None:
     expected = nmfx.fold(model)(X)
     lowered = nmfx.lower(model.train(), (X,), tune=False)
     torch.testing.assert_close(lowered(X), expected, rtol=1e-4, atol=1e-5)
-    assert reasons(lowered)["0"] == "1 folded in; relu fused"
+    assert reasons(lowered)["0"] == "batch norm 1 folded in; relu fused"
     assert not any(name.startswith("1.") for name in lowered.state_dict())
     other = nn.Sequential(nn.Conv2d(8, 8, 3), type("FrozenBatchNorm2d", (nn.Identity,), {})())
     assert reasons(nmfx.lower(sparse(other), (X,), tune=False))["0"] == ""
@@ -619,7 +623,7 @@ def test_a_batch_norm_with_an_activation_leaves_that() -> None:
     lowered, found = lowered_equals_folded(model, X)
     fused = {"0": "; relu fused", "6": ""}
     for conv, norm in (("0", "1"), ("2", "3"), ("4", "5"), ("6", "7"), ("8", "9")):
-        assert found[conv] == f"{norm} folded in{fused.get(conv, '')}"
+        assert found[conv] == f"batch norm {norm} folded in{fused.get(conv, '')}"
     assert [type(lowered[1].act), type(lowered[3].act)] == [nn.Identity, nn.Hardswish]
     assert type(lowered[5].drop) is nn.Dropout
     assert not any(name.startswith(("1.", "3.", "9.")) for name in lowered.state_dict())

@@ -696,7 +696,7 @@ def test_schedule_verbs_on_a_partly_lowered_model_touch_the_rest() -> None:
     assert rows["fc1.weight"].state == "packed"
     assert list(nmfx.masks(model)) == ["head.weight"]
     nmfx.fold(model, inplace=True)
-    assert set(states(model).values()) == {"dense"}
+    assert set(states(model).values()) == {"folded"}
     assert nmfx.is_nm(model.fc1.weight, "1:4", 1)
     assert nmfx.is_nm(model.head.weight, "1:4", 1)
     model(X).sum().backward()

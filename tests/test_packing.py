@@ -23,10 +23,11 @@ from strategies import (
     patterns,
     special_bits,
 )
+from torch import Tensor
 
 from nmfx.capture.packed import pack_weight, unpack_weight
 from nmfx.errors import NMError
-from nmfx.mask import as_bits, nm_project
+from nmfx.mask import as_bits, magnitude, nm_project
 from nmfx.packing import (
     check_packed,
     detect_pattern,
@@ -523,6 +524,58 @@ def test_detect_pattern_of_a_4d_weight_looks_along_channels() -> None:
     assert detect_pattern(weight) == Pattern(1, 2)
     assert detect_pattern(torch.ones(4, 8, 3, 3)) is None
     assert detect_pattern(torch.zeros(0, 8, 3, 3)) is None
+
+
+def least_by_hand(weight: Tensor, dim: int) -> Pattern | None:
+    """The pattern of the fewest bytes, each N:M counted in all of the weight."""
+    size, itemsize = weight.shape[dim], weight.element_size()
+    columns = size * weight.shape[2:].numel()
+    best, least = None, 16 * columns * itemsize
+    for m in range(2, min(size, 64) + 1):
+        if size % m == 0:
+            groups = (weight != 0).movedim(dim, -1).reshape(-1, m)
+            pattern = Pattern(max(1, int(groups.sum(1).max())), m)
+            if packed_bytes(16, columns, pattern, itemsize) < least:
+                best, least = pattern, packed_bytes(16, columns, pattern, itemsize)
+    return best
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.6, 0.9, 1.0])
+def test_detect_pattern_is_the_least_of_all(share: float, dim: int) -> None:
+    for columns in (1, 7, 12, 36, 64, 96, 128):
+        for rows in (1, 3, 16, 17, 40):
+            weight = torch.where(torch.rand(rows, columns) < share, 1.0, 0.0)
+            weight[16:] = torch.randn(rows, columns)[16:] * weight[16:]
+            weight[rows // 2 :, ::3] = 0.0  # lines that are not alike
+            given = weight if dim else weight.t().contiguous()
+            expected = least_by_hand(weight, 1)
+            assert detect_pattern(given, dim) == expected, (rows, columns)
+
+
+def test_detect_pattern_of_lines_that_are_not_alike() -> None:
+    weight = nm_project(torch.randn(40, 64), "1:8", 1)
+    weight[33] = nm_project(torch.randn(1, 64), "2:4", 1)
+    assert detect_pattern(weight) == Pattern(2, 4)
+    weight[33] = 1.0
+    assert detect_pattern(weight) is None
+    assert detect_pattern(torch.zeros(40, 64)) == Pattern(1, 64)
+
+
+def test_detect_pattern_reads_a_few_lines_of_a_dense_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+
+    def counted(weight: Tensor) -> Tensor:
+        read.append(weight.numel())
+        return magnitude(weight)
+
+    monkeypatch.setattr("nmfx.packing.magnitude", counted)
+    for dim, lines in ((1, 16 * 256), (0, 512 * 16)):
+        read.clear()
+        assert detect_pattern(torch.randn(512, 256), dim) is None
+        assert max(read) == lines
 
 
 @pytest.mark.parametrize("dim", [0, 1])

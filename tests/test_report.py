@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 import nmfx
 from nmfx.kernels import cpu
@@ -265,14 +266,49 @@ def test_reasons_of_an_earlier_call_are_replaced() -> None:
     assert reasons["conv.weight"] == "not sparsified"
 
 
+def test_table_of_a_folded_model() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Conv1d(8, 4, 3), nn.Linear(4, 4))
+    folded = nmfx.fold(nmfx.sparsify(model, {"0": "1:4", "2": "2:4"}))
+    assert lines(nmfx.report(folded)) == [
+        "parameter  kind    shape  pattern  state   bytes  reason",
+        "0.weight   linear  32x16  1:4      folded  2,048  25.0% nonzero",
+        "2.weight   conv    4x8x3  2:4      folded    384  50.0% nonzero",
+        "3.weight   linear  4x4    -        dense      64  not sparsified",
+        "",
+        f"2 of 3 layers and {608 / 624:.1%} of their 624 weights are N:M sparse "
+        "(N:M keeps N of every M); 2,496 bytes dense, 2,496 as stored",
+    ]
+
+
 @pytest.mark.parametrize("state", ["sparse", "frozen"])
 def test_a_report_survives_folding_and_sparsifying_again(state: str) -> None:
     model = nmfx.sparsify(Net(), "2:4")
     if state == "frozen":
         nmfx.freeze(model)
-    folded = nmfx.report(nmfx.fold(model))
-    assert {row.state for row in folded} == {"dense"}
-    assert {row.reason for row in folded} == {"not sparsified"}
+    folded = nmfx.fold(model)
+    sparse = {row.fqn for row in nmfx.report(model) if row.pattern is not None}
+    for row in nmfx.report(folded):
+        assert (row.state, row.reason) == (
+            ("folded", "50.0% nonzero") if row.fqn in sparse else ("dense", "not sparsified")
+        ), row.fqn
+        assert row.pattern == (Pattern(2, 4) if row.fqn in sparse else None), row.fqn
+        assert row.bytes == row.bytes_dense
+    again = nmfx.report(nmfx.sparsify(folded, "2:4"))
+    assert {row.fqn for row in again if row.state == "sparse"} == sparse
+    assert {row.state for row in again} == {"sparse", "dense"}, "a rule's reason comes first"
+
+
+def test_weights_without_values_to_look_at_are_dense() -> None:
+    with torch.device("meta"):
+        meta = nn.Sequential(nn.Linear(8, 8))
+    with FakeTensorMode():
+        fake = nn.Sequential(nn.Linear(8, 8))
+    freed = nn.Sequential(nn.Linear(8, 8))
+    freed[0].weight.untyped_storage().resize_(0)
+    empty = nn.Sequential(nn.Linear(8, 1))
+    empty[0].weight = nn.Parameter(torch.empty(0, 8))
+    for model in (meta, fake, freed, empty):
+        assert [row.state for row in nmfx.report(model)] == ["dense"]
 
 
 def test_masks_without_kernels_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

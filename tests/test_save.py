@@ -564,6 +564,22 @@ def test_a_meta_buffer_that_the_file_has_not_is_refused(tmp_path: Path) -> None:
         nmfx.load(path, into=model, device="abacus")
 
 
+@pytest.mark.parametrize("state", list(STATES))
+def test_a_wrapped_model_and_a_plain_one_are_told_apart(state: str, tmp_path: Path) -> None:
+    wrapped = tmp_path / "wrapped.safetensors"
+    plain = tmp_path / "plain.safetensors"
+    model = STATES[state]()
+    nmfx.save(model, plain)
+    nmfx.save(nn.DataParallel(model), wrapped)  # its names are those of DistributedDataParallel
+    with pytest.raises(nmfx.NMError, match=r"the model is wrapped .*; pass ddp\.module$"):
+        nmfx.load(plain, into=nn.DataParallel(Mlp()))
+    with pytest.raises(nmfx.NMError, match=r"what was saved was wrapped .*pass ddp\.module when"):
+        nmfx.load(wrapped, into=Mlp())
+    into = Mlp()
+    nmfx.load(wrapped, into=nn.ModuleDict({"module": into}))
+    assert torch.equal(into.eval()(X), model.eval()(X))
+
+
 # --- nmfx.state_dict ----------------------------------------------------------------------------
 
 
@@ -585,6 +601,17 @@ def test_state_dict_carries_what_torchs_does_not(state: str, tmp_path: Path) -> 
     nmfx.unfreeze(into)
     nmfx.load_state_dict(into, content["nmfx"])
     assert torch.equal(model(X), into(X))
+
+
+def test_the_state_of_a_wrapped_model_and_of_a_plain_one_are_told_apart() -> None:
+    model = _frozen()
+    ddp, state = nn.DataParallel(model), nmfx.state_dict(model)
+    with pytest.raises(nmfx.NMError, match=r"the model is wrapped .*; pass ddp\.module$"):
+        nmfx.load_state_dict(ddp, state)
+    with pytest.raises(nmfx.NMError, match=r"what was saved was wrapped .*pass ddp\.module when"):
+        nmfx.load_state_dict(model, nmfx.state_dict(ddp))
+    nmfx.load_state_dict(ddp, nmfx.state_dict(ddp))
+    nmfx.load_state_dict(model, state)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .site import SITES, Site, control_name, get_path, join, mask_name
 GONE = "its weight is gone since it was sparsified; give the layer a parameter again"
 
 
-def _is_freed(weight: Tensor) -> bool:
+def is_freed(weight: Tensor) -> bool:
     """Whether it is a view of memory that was given back: reading it would end the process."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.numel() > 0
     return plain and weight.untyped_storage().nbytes() == 0
@@ -57,7 +57,7 @@ class SiteRef:
         weight = weight_or_none(self.host, self.site.path)
         if weight is None:
             raise NMError(f"{self.name}: {GONE}")
-        if weight.ndim != len(self.site.shape) or _is_freed(weight):
+        if weight.ndim != len(self.site.shape) or is_freed(weight):
             raise NMError(
                 f"{self.name}: FullyShardedDataParallel flattened it and took its memory; call "
                 f"this inside its summon_full_params, or use fully_shard (FSDP2)"

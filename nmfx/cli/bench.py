@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(_DTYPES), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="only the two small shapes")
-    parser.add_argument(
+    picture = parser.add_mutually_exclusive_group()
+    picture.add_argument(
         "--out", type=Path, help="picture (default: nmfx_bench.png, and none with --json)"
     )
+    picture.add_argument("--no-plot", action="store_true", help="no picture: only the table")
     output.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -50,19 +54,21 @@ def run(options: argparse.Namespace) -> None:
     patterns = [Pattern.parse(text) for text in options.pattern or PATTERNS]
     if any(rows < 1 for rows in options.rows):
         raise NMError(f"--rows {min(options.rows)}: at least 1")
-    out = options.out or (None if options.json else Path("nmfx_bench.png"))
+    default = None if options.json or options.no_plot else Path("nmfx_bench.png")
+    out = options.out or default
     _check(out, options.device)  # now, not after minutes
     shapes = SHAPES[-2:] if options.quick else SHAPES
     work = [(s, p, r) for s in shapes for p in patterns for r in options.rows]
-    results = [_time(*one, options) for one in progress(work, "measuring", "layer")]
     device = torch.device(options.device)
-    if options.json:
-        output.show_json({"machine": machine(device), "dtype": options.dtype, "layers": results})
-    else:
+    if not options.json:
         output.say(f"linear layers in {options.dtype} on {machine(device)}")
         output.say("each alone, its weight from memory; run it on an idle machine")
         output.say("dense is torch in eager mode; dense prepacked by oneDNN is a candidate too")
         output.say()
+    results = list(_measured(work, options))
+    if options.json:
+        output.show_json({"machine": machine(device), "dtype": options.dtype, "layers": results})
+    else:
         output.show_table(
             ("out x in", "pattern", "fastest"),
             ("rows", "dense ms", "fastest ms", "ratio"),
@@ -82,8 +88,8 @@ def run(options: argparse.Namespace) -> None:
         output.say()
     if out is not None:
         _draw(results, options, machine(device), out)
-    if not options.json:
-        output.say(f"picture: {out}")
+        if not options.json:
+            output.say(f"picture: {out.resolve()} (--no-plot: none)")
 
 
 # The states of `nmfx.preview`, where nothing is a promise.
@@ -102,12 +108,27 @@ def _check(out: Path | None, device: str) -> None:
     if out is None:
         return
     if find_spec("matplotlib") is None:
-        raise NMError("the picture needs matplotlib: pip install matplotlib; --json does without")
+        raise NMError("the picture needs matplotlib: pip install matplotlib; or --no-plot")
     from ..demo.drawing import check_path
 
     problem = check_path(out)
     if problem:
         raise NMError(f"--out {out}: {problem}")
+
+
+def _measured(
+    work: list[tuple[tuple[int, int], Pattern, int]], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The results, one by one; where no bar is seen, a line per shape says that it runs."""
+    told = options.json or (sys.stderr is not None and sys.stderr.isatty())
+    shape = None
+    for done, one in enumerate(progress(work, "measuring", "layer")):
+        if not told and one[0] != shape:
+            shape = one[0]
+            output.say(f"measuring {shape[0]} x {shape[1]} ({done} of {len(work)} done)")
+        yield _time(*one, options)
+    if not told:
+        output.say()
 
 
 def _time(

@@ -10,7 +10,9 @@ from ..errors import NMError
 from ..mask import magnitude
 from ..offence import find_offence
 from ..pattern import Pattern
+from ..storage.content import read_spec
 from ..storage.reading import open_model
+from ..storage.spec import Spec
 from ..tuning.progress import progress_of
 from . import output
 from .weights import Weight, add_options, check_globs, weights
@@ -33,17 +35,26 @@ def run(options: argparse.Namespace) -> None:
     if options.file.suffix == ".onnx":
         return _run_onnx(options)
     pattern = Pattern.parse(options.pattern)
-    rows = []
-    for weight in progress_of(weights(open_model(options.file), options), "checking"):
+    source = open_model(options.file)
+    spec = read_spec(source)
+    rows, unmasked = [], 0
+    for weight in progress_of(weights(source, options), "checking"):
         skipped = weight.reason or does_not_fit(weight, pattern)
+        if not skipped and not options.only:
+            skipped = left_dense(weight, spec)
         broken = None if skipped else first_offence(weight, pattern)
+        if broken is not None and weight.layer is not None and weight.layer.unmasked:
+            layer, unmasked = weight.layer, unmasked + 1
+            trained = f"{layer.state}, {layer.pattern.text}"
+            broken = f"unmasked, of a model in training ({trained}): {broken}"
         rows.append({"name": weight.name, "skipped": skipped or None, "broken": broken})
     check_globs([str(row["name"]) for row in rows], options)
     checked = [row for row in rows if row["skipped"] is None]
     broken_rows = [row for row in checked if row["broken"] is not None]
     ok = bool(checked) and not broken_rows
+    advice = _FOLD.format(unmasked) if unmasked else None
     if options.json:
-        output.show_json({"pattern": pattern.text, "ok": ok, "weights": rows})
+        output.show_json({"pattern": pattern.text, "ok": ok, "advice": advice, "weights": rows})
     else:
         for row in rows:
             if row["skipped"] is not None:
@@ -56,9 +67,28 @@ def run(options: argparse.Namespace) -> None:
         output.say(
             f"{len(checked)} weights {verdict} {pattern}; skipped: {len(rows) - len(checked)}"
         )
+        if advice is not None:
+            output.say(advice)
     if not ok:
         sys.exit(1)
     return None
+
+
+_FOLD = (
+    "unmasked weights of a model in training, which masks them at every forward: {}; fold first: "
+    "nmfx.save(nmfx.fold(model), path)"
+)
+
+
+def left_dense(weight: Weight, spec: Spec | None) -> str:
+    """Why a file that knows its N:M layers does not count a weight to them, or nothing.
+
+    A file of a dense model knows none, so it says nothing about any.
+    """
+    if spec is None or not spec.layers or weight.layer is not None:
+        return ""
+    reason = spec.reasons.get(weight.name, "it was dense when nmfx wrote the file")
+    return f"{reason}; --only checks it all the same"
 
 
 def does_not_fit(weight: Weight, pattern: Pattern) -> str:

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from ..capture.packed import packed_weight_bytes
-from ..mask import DTYPES
+from ..mask import DTYPES, is_nm
 from ..metrics import density
-from ..packing import detect_pattern, makes_smaller
+from ..packing import detect_pattern
 from ..storage.reading import open_model
 from ..tuning.progress import progress_of
 from . import output
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         output.show_json(rows)
         return
     output.show_table(
-        ("parameter", "shape", "dtype", "state", "satisfies"),
+        ("parameter", "shape", "dtype", "state", "pattern"),
         ("nonzero", "bytes", "packed"),
         (
             (
@@ -52,39 +52,42 @@ def run(options: argparse.Namespace) -> None:
             for row in rows
         ),
     )
-    sparse = [row for row in rows if row["pattern"] is not None]
-    saved = sum(row["bytes"] - (row["packed_bytes"] or row["bytes"]) for row in sparse)
+    satisfied = [row for row in rows if row["satisfied"]]
+    saved = sum(row["bytes"] - (row["packed_bytes"] or row["bytes"]) for row in satisfied)
     total = sum(row["bytes"] for row in rows)
     output.say()
     output.say(
-        f"{len(sparse)} of {len(rows)} weights satisfy an N:M pattern that makes them smaller "
-        f"(N:M keeps N of every M); {output.size(total)} as stored, "
-        f"{output.size(total - saved)} with these packed"
+        f"{len(satisfied)} of {len(rows)} weights satisfy an N:M pattern (N:M keeps N of every M); "
+        f"{output.size(total)} as stored, {output.size(total - saved)} with these packed"
     )
+    unmasked = sum(row["pattern"] is not None and not row["satisfied"] for row in rows)
+    if unmasked:
+        output.say(
+            f"{unmasked} are of a model in training, which masks them at every forward and keeps "
+            f"their pruned values: nmfx.save(nmfx.fold(model), path) writes the zeros"
+        )
 
 
 def _row(weight: Weight) -> dict[str, Any]:
     tensor, layer = weight.tensor, weight.layer
-    if tensor.dtype not in DTYPES:
-        pattern = None
-    elif layer is None or layer.state in ("sparse", "frozen"):  # its pruned values are there
-        pattern = detect_pattern(tensor, weight.dim)
-    else:
-        pattern = layer.pattern
-    packed, columns = None, tensor[:1].numel() if weight.dim else tensor[:, :1].numel()
-    if pattern is not None and not makes_smaller(columns, pattern, tensor.dtype.itemsize):
-        pattern = None
+    pattern, satisfied, packed = None, False, None
+    if tensor.dtype in DTYPES:
+        pattern = detect_pattern(tensor, weight.dim) if layer is None else layer.pattern
     if pattern is not None:
+        unmasked = layer is not None and layer.unmasked
+        satisfied = not unmasked or is_nm(tensor, pattern, weight.dim)
         groups = 1 if layer is None else layer.groups
-        packed = packed_weight_bytes(
+        size = packed_weight_bytes(
             tuple(tensor.shape), weight.dim, groups, pattern, tensor.dtype.itemsize
         )
+        packed = size if size < tensor.nbytes else None
     return {
         "name": weight.name,
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "state": "dense" if layer is None else layer.state,
         "pattern": None if pattern is None else pattern.text,
+        "satisfied": satisfied,
         "trained_as": None if layer is None else layer.pattern.text,
         "density": density(tensor) if tensor.dtype in DTYPES else None,
         "bytes": weight.bytes,

@@ -23,6 +23,7 @@ from ..mask import DTYPES
 from ..storage.content import check_content, read_spec
 from ..storage.reading import Source
 from ..storage.spec import Layer, Spec
+from ..storage.tensors import BUFFER, MASK
 
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|word_embeddings?|pos_?emb\w*)([._]|$)")
 _OUTPUT = re.compile(r"(^|\.)(lm_head|head|heads|classifier|score|output_layer|embed_out)(\.|$)")
@@ -82,7 +83,7 @@ def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
         NMError: a damaged file.
     """
     spec = read_spec(source)
-    layers = {} if spec is None else spec.layers
+    layers = {} if spec is None else stored_layers(spec)
     for name, layer in layers.items():
         if "semi_structured" in forms_of(layer.state):
             raise NMError(f"{name}: it is {layer.format}, which only its model on that GPU reads")
@@ -116,6 +117,14 @@ def weights(source: Source, options: argparse.Namespace) -> Iterator[Weight]:
         raise NMError(f"{next(iter(waiting))}: the file has half of it")
 
 
+def stored_layers(spec: Spec) -> dict[str, Layer]:
+    """The N:M layers of a file by the names of their tensors: a tied weight has others too."""
+    return {
+        name if "packed" in forms_of(layer.state) else spec.aliases.get(name, name): layer
+        for name, layer in spec.layers.items()
+    }
+
+
 def _check_packed(spec: Spec, name: str, found: dict[str, Tensor]) -> None:
     """What unpacking trusts."""
     only = Spec(
@@ -133,6 +142,8 @@ def judge(
 ) -> Weight | None:
     """Judges one tensor by its name, shape and dtype; None if it is no weight at all."""
     if layer is None and (tensor.ndim < 2 or not name.endswith("weight")):
+        return None
+    if name.startswith((MASK, BUFFER)):
         return None
     if layer is not None and tuple(tensor.shape) != layer.shape:
         raise NMError(f"{name}: its shape is {tuple(tensor.shape)}, the file says {layer.shape}")

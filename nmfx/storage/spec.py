@@ -71,6 +71,11 @@ class Layer:
     algorithms: tuple[int, ...] = ()
     threshold: int = 0
 
+    @property
+    def unmasked(self) -> bool:
+        """Whether the file holds the weight as it is trained, pruned values included."""
+        return self.state in ("sparse", "frozen")
+
 
 @dataclass(frozen=True)
 class Spec:
