@@ -220,7 +220,7 @@ def detect_pattern(weight: Tensor, dim: int = 1) -> Pattern | None:
     if weight.ndim == 3 and dim == 2:
         weight, dim = weight.flatten(0, 1), 1
     size, itemsize = weight.shape[dim], weight.dtype.itemsize
-    columns = matrix_shape(weight.shape, dim)[1]  # of a convolution: all kernel positions
+    columns = size * weight.shape[2:].numel()  # of a convolution: all kernel positions
     sizes = [m for m in range(2, min(size, MAX_M) + 1) if size % m == 0]
 
     def cost(pattern: Pattern) -> tuple[int, int]:

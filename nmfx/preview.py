@@ -84,7 +84,7 @@ def _run(
     names = [c.name for c in chosen if c.name in parameters]
     mixtures = {c.name: twin.get_submodule(c.module_name) for c in chosen if c.kind == EXPERTS}
     recorder = Recorder({name: parameters[name] for name in names}, mixtures)
-    with undisturbed(twin), evaluation_mode(twin, calls), recorder:
+    with undisturbed(twin), evaluation_mode(twin, calls), recorder.watching():
         run_calls(twin, calls)
     return recorder.seen
 

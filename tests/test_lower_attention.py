@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import nmfx
 from nmfx.capture import attention as lowered_attention
-from nmfx.capture import leaf
+from nmfx.capture import leaf, packed
 from nmfx.packing import unpack
 
 SIZE, HEADS = 32, 2
@@ -196,7 +196,7 @@ def refuse_dense_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack_weight(*args: Any) -> Tensor:
         raise AssertionError("a dense weight was made for a call")
 
-    for module in (lowered_attention, leaf):
+    for module in (packed, leaf):
         monkeypatch.setattr(module, "unpack_weight", unpack_weight)
 
 

@@ -10,7 +10,8 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from ..capture.attention import in_projection_parts
 from ..capture.site import get_path
@@ -73,20 +73,19 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._experts = experts or {}
-        self._hooks: list[RemovableHandle] = []
         self._names = {id(weight): name for name, weight in weights.items()}
         self.seen: dict[str, Counter[Seen]] = {name: Counter() for name in weights}
 
-    def __enter__(self) -> Recorder:
-        for name, module in self._experts.items():
-            observe = functools.partial(self._mixture, name)
-            self._hooks.append(module.register_forward_pre_hook(observe, with_kwargs=True))
-        return super().__enter__()
-
-    def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
-        for hook in self._hooks:
-            hook.remove()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Counts what runs inside."""
+        # Not an `__enter__` of its own: Ctrl-C in that would leave the mode on.
+        with ExitStack() as hooks:
+            for name, module in self._experts.items():
+                observe = functools.partial(self._mixture, name)
+                hooks.callback(module.register_forward_pre_hook(observe, with_kwargs=True).remove)
+            with self:
+                yield
 
     def _mixture(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
