@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -45,6 +46,7 @@ class Plan:
 
 
 _UNDIVIDED = "its weight is a DTensor, and something reads it that does not call its layer"
+_SHARED = "several modules share its {}, and each would lower it"
 _NEVER_CALLED = (
     "{} reads its weight and does not call it, so a packed one would be unpacked every time"
 )
@@ -60,6 +62,8 @@ def make_plan(model: nn.Module, required: bool = True) -> Plan:
     refs = {ref.name: ref for ref in iter_sites(model)}
     plan, readers = Plan([], []), only_read(model)
     any_sparse = False
+    children = (child for module in model.modules() for child in module._modules.values())
+    parents = Counter(map(id, children))
     for candidate in find_candidates(model):
         ref = refs.get(candidate.name)
         if ref is not None and ref.site.lowered:
@@ -67,6 +71,11 @@ def make_plan(model: nn.Module, required: bool = True) -> Plan:
         pattern, reason = _outcome(candidate, ref)
         if pattern is not None and reason is None and candidate.name in readers:
             reason = _NEVER_CALLED.format(readers[candidate.name])
+        owner, _ = place_of(candidate.host, candidate.path)
+        # Attention's `out_proj`, which is lowered as a layer of its own.
+        below = candidate.capture == "scoped" and owner is not candidate.host
+        if reason is None and below and parents[id(owner)] > 1:
+            reason = _SHARED.format(type(owner).__name__)
         any_sparse |= pattern is not None
         if pattern is not None and reason is None:
             plan.entries.append(Entry(candidate, pattern))

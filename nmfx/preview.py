@@ -82,7 +82,8 @@ def _run(
     twin = copy.deepcopy(model, shared)  # a forward may set attributes and buffers
     parameters = dict(twin.named_parameters(remove_duplicate=False))
     names = [c.name for c in chosen if c.name in parameters]
-    mixtures = {c.name: twin.get_submodule(c.module_name) for c in chosen if c.kind == EXPERTS}
+    experts = (c for c in chosen if c.kind == EXPERTS and c.name in parameters)
+    mixtures = {c.name: twin.get_submodule(c.module_name) for c in experts}
     recorder = Recorder({name: parameters[name] for name in names}, mixtures)
     with undisturbed(twin), evaluation_mode(twin, calls), recorder.watching():
         run_calls(twin, calls)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_timer import DENSE_WINS, PACKED_WINS, install
 from hypothesis import given
 from hypothesis import strategies as st
@@ -497,3 +498,50 @@ def test_what_is_lowered_in_part_is_not_sparsified() -> None:
     with pytest.raises(nmfx.NMError, match=r"are lowered; nmfx\.fold first"):
         nmfx.sparsify(fast, {"": "2:4", "out_proj": None})
     assert states(fast) == {"in_proj_weight": "dense", "out_proj.weight": "packed"}
+
+
+class ReadsChild(nn.TransformerEncoder):
+    """Reads a layer of its own around it, keeps what it saw, and counts its layers."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(SIZE, HEADS, 64, batch_first=True)
+        super().__init__(layer, 2, enable_nested_tensor=False)
+        self.proj = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = []
+        for number in range(len(self.layers)):
+            x = self.layers[number](x.to(next(self.parameters()).device))
+            self.seen.append(x)
+        return x + F.linear(x, self.proj.weight)
+
+
+class AttentionReads(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(SIZE, HEADS, batch_first=True)
+        self.rel = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x)[0] + self.rel(x) + F.linear(x, self.rel.weight)
+
+
+@pytest.mark.parametrize("make", [ReadsChild, AttentionReads])
+def test_subclasses_with_forwards_of_their_own(make: Any) -> None:
+    sparse = nmfx.sparsify(nn.Sequential(make()).eval(), {"*": "2:4"})
+    x = torch.randn(2, 3, SIZE)
+    folded, fast = nmfx.fold(sparse), nmfx.lower(sparse, (x,), tune=False)
+    for module in (sparse, fast):
+        torch.testing.assert_close(module(x), folded(x), **CLOSE)
+    if make is ReadsChild:
+        assert len(fast[0].seen) == 2
+
+
+def test_a_shared_output_projection_stays_dense() -> None:
+    pair = nn.ModuleDict({"a": attention(), "b": attention()})
+    pair["b"].out_proj = pair["a"].out_proj
+    fast, folded = lowered(pair, {"?": "2:4", "*out_proj": "2:4"})
+    assert states(fast)["a.out_proj.weight"] == "dense"
+    assert "several modules share" in reasons(fast)["a.out_proj.weight"]
+    for name in "ab":
+        for call in calls():
+            alike(fast[name](*call), folded[name](*call))

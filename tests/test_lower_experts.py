@@ -325,3 +325,18 @@ def test_another_transformers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lowered_experts, "_HELPER", "_another_helper")
     fast, _ = lowered(experts())
     assert "in a way that nmfx does not know" in reasons(fast)["down_proj"]
+
+
+def test_an_implementation_of_the_users_own_is_left_alone() -> None:
+    made = experts()
+    made.config._experts_implementation = "mine"
+    fast, _ = lowered(made)
+    assert "experts_implementation='mine' is none of" in reasons(fast)["down_proj"]
+
+
+def test_preview_of_lowered_experts_and_float32_inputs() -> None:
+    fast, folded = lowered(experts().bfloat16())
+    call = routed()
+    rows = nmfx.preview(fast, "2:4", (call[0].bfloat16(), *call[1:]))
+    assert {row.reason for row in rows} == {"it is lowered already"}
+    torch.testing.assert_close(fast(*call), folded(*call), rtol=0.05, atol=0.05)

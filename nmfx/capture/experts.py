@@ -26,6 +26,8 @@ from .site import Site
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _MODULE = "transformers.integrations.moe"
+# They compute the same.
+_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
 _FORWARD = "grouped_mm_experts_forward"
 _HELPER = "_grouped_linear"
 
@@ -44,6 +46,9 @@ def why_not_lowered(module: nn.Module, path: str, weight: Tensor) -> str | None:
     code = getattr(base.forward, "__code__", None)
     if code is None or "experts_interface" not in code.co_freevars or "forward" in module.__dict__:
         return f"{base.__name__} has a forward of its own"
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation not in _IMPLEMENTATIONS:
+        return f"experts_implementation={implementation!r} is none of those of transformers"
     if path not in _WEIGHTS or getattr(module, "is_transposed", True):
         return f"{base.__name__} does not hold it as (experts, out, in)"
     if weight.is_cuda:
@@ -94,7 +99,8 @@ class _Products:
 def _packed_product(module: Any, site: Site) -> Product:
     values, index = (getattr(module, name) for name in packed_names(site.path))
     constants = *site.shape[1:], site.pattern.n, site.pattern.m
-    return lambda x, offsets: experts_nm(x, values, index, offsets, *constants)
+    # To the weight's dtype as `_grouped_linear` does: hidden states may be float32 there.
+    return lambda x, offsets: experts_nm(x.to(values.dtype), values, index, offsets, *constants)
 
 
 def _dense_product(weight: Tensor) -> Product:

@@ -41,9 +41,11 @@ OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {
 def guard_class(module: nn.Module) -> type[nn.Module] | None:
     """The generated class of a parent that would read raw weights, or None if it would not."""
     base = base_class(module)
-    if isinstance(module, nn.MultiheadAttention) and is_lowered(module._modules.get("out_proj")):
+    # Of subclasses with a forward of their own, what that reads counts, as of any other class.
+    out_proj = module._modules.get("out_proj")
+    if base.forward is nn.MultiheadAttention.forward and is_lowered(out_proj):
         return attention_class(module, ())
-    if isinstance(module, nn.TransformerEncoder):
+    if base.forward is nn.TransformerEncoder.forward:
         forward = _glancing(base.forward)
         return generated_class(base, ("glances",), lambda: forward, base.__name__)
     overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), None)
@@ -60,9 +62,10 @@ def guard_class(module: nn.Module) -> type[nn.Module] | None:
 
 def guards(module: nn.Module, hosts: set[nn.Module]) -> bool:
     """Whether `module` reads the weights of any of `hosts`."""
-    if isinstance(module, nn.MultiheadAttention):
+    base = base_class(module)
+    if base.forward is nn.MultiheadAttention.forward:
         return module._modules.get("out_proj") in hosts
-    if isinstance(module, nn.TransformerEncoder):
+    if base.forward is nn.TransformerEncoder.forward:
         return any(host in hosts and is_lowered(host) for host in module.modules())
     if isinstance(module, tuple(OVERRIDES)):
         return not hosts.isdisjoint(module.modules())
