@@ -85,7 +85,7 @@ def _run(
     experts = (c for c in chosen if c.kind == EXPERTS and c.name in parameters)
     mixtures = {c.name: twin.get_submodule(c.module_name) for c in experts}
     recorder = Recorder({name: parameters[name] for name in names}, mixtures)
-    with undisturbed(twin), evaluation_mode(twin, calls), recorder.watching():
+    with undisturbed(twin), evaluation_mode(twin, calls), recorder.hooked(), recorder:
         run_calls(twin, calls)
     return recorder.seen
 

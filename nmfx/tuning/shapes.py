@@ -77,15 +77,13 @@ class Recorder(TorchFunctionMode):
         self.seen: dict[str, Counter[Seen]] = {name: Counter() for name in weights}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Counts what runs inside."""
-        # Not an `__enter__` of its own: Ctrl-C in that would leave the mode on.
+    def hooked(self) -> Iterator[None]:
+        """Watches the mixtures of experts too: `with recorder.hooked(), recorder: ...`."""
         with ExitStack() as hooks:
             for name, module in self._experts.items():
                 observe = functools.partial(self._mixture, name)
                 hooks.callback(module.register_forward_pre_hook(observe, with_kwargs=True).remove)
-            with self:
-                yield
+            yield
 
     def _mixture(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
