@@ -32,8 +32,9 @@ KERNELS = [
     *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
 ]
 # Without them: gradients are those of torch, bit for bit. Nobody asks which exceptions were raised.
+# The loops aligned as well: masks along columns lost 18 % by where changes to others moved them.
 MASKS = [
-    *("-ffp-contract=off", "-fno-trapping-math"),
+    *("-ffp-contract=off", "-fno-trapping-math", "-falign-loops=32"),
     *("-fno-exceptions", "-fno-rtti", "-Wno-psabi"),
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

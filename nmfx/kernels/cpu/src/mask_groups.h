@@ -123,6 +123,33 @@ NMFX_INLINE Vec<K> nth_largest(Vec<K>* k, int n) {
   return best;
 }
 
+// The N-th largest of two sorted halves k[0..H), k[H..2H), for each lane; 0 < N <= 2H.
+template <class K, int H, int N, int I = (N > H ? N - H : 0)>
+NMFX_INLINE Vec<K> of_halves(const Vec<K>* k) {
+  constexpr bool kLast = I == (N < H ? N : H);
+  Vec<K> here;
+  if constexpr (I == 0)
+    here = k[H + N - 1];
+  else if constexpr (I == N)
+    here = k[N - 1];
+  else
+    here = smaller<K>(k[I - 1], k[H + N - I - 1]);
+  if constexpr (kLast)
+    return here;
+  else
+    return larger<K>(here, of_halves<K, H, N, I + 1>(k));
+}
+
+// The N-th largest of k[0..P), and the one after it.
+template <class K, int P, int N>
+NMFX_INLINE void nth_and_next(Vec<K>* k, Vec<K>& nth, Vec<K>& next) {
+  constexpr int H = P / 2;
+  sort<K, 0, H>(k);
+  sort<K, H, H>(k);
+  nth = of_halves<K, H, N>(k);
+  if constexpr (N < P) next = of_halves<K, H, N + 1>(k);
+}
+
 // --- columns -------------------------------------------------------------------------------------
 
 // The groups in lanes [0, kLanes) of m <= P rows, m == P if EXACT: row k starts at w + k * step, its
@@ -254,6 +281,7 @@ struct Rows {
      ...);
   }
 
+  template <int N>
   static NMFX_INLINE void masks(const K* w, K* mask, int n, K limit) {
     Vec<K> k[M], keys[kInRegisters ? M : 1];
     // Key c * S + e of a group: after the transposition in vector c + e * C.
@@ -261,14 +289,20 @@ struct Rows {
     if constexpr (kInRegisters)
       _Pragma("GCC unroll 8") for (int i = 0; i < M; i++) keys[i] = k[i];
     _Pragma("GCC unroll 64") for (int c = 0; c < C; c++) transpose<K, S, C>(k + c);
-    Vec<K> sorted[M];
-    _Pragma("GCC unroll 64") for (int i = 0; i < M; i++) sorted[i] = k[i];
-    const Vec<K> least = nth_largest<K, M>(sorted, n);
-    Vec<K> kept = {};
-    _Pragma("GCC unroll 64") for (int i = 0; i < M; i++) kept -= k[i] >= least;
+    Vec<K> least, tied = {};
+    if constexpr (N != 0) {
+      Vec<K> next = {};
+      nth_and_next<K, M, N>(k, least, next);
+      if constexpr (N < M) tied = next == least;
+    } else {
+      Vec<K> sorted[M];
+      _Pragma("GCC unroll 64") for (int i = 0; i < M; i++) sorted[i] = k[i];
+      least = nth_largest<K, M>(sorted, n);
+      _Pragma("GCC unroll 64") for (int i = 0; i < M; i++) tied -= k[i] >= least;
+      tied -= K(n);
+    }
     keep(w, mask, least, limit, keys, std::make_index_sequence<size_t(M)>());
-    kept -= K(n);
-    if (any(kept)) break_ties(w, mask, kept, least, n, limit);
+    if (any(tied)) break_ties(w, mask, tied, least, n, limit);
   }
 
   static __attribute__((noinline)) void break_ties(const K* w, K* mask, Vec<K> surplus,
@@ -288,17 +322,28 @@ struct Rows {
   }
 };
 
-// Groups [0, groups) of M contiguous elements, a power of two.
-template <class K, int M>
-void rows(const K* w, K* mask, int64_t groups, int n, K limit) {
+// Groups [0, groups) of M contiguous elements, a power of two. N is n, or 0 for any.
+template <class K, int M, int N>
+void rows_of(const K* w, K* mask, int64_t groups, int n, K limit) {
   constexpr int L = kLanes<K>;
   int64_t g = 0;
-  for (; g + L <= groups; g += L) Rows<K, M>::masks(w + g * M, mask + g * M, n, limit);
+  for (; g + L <= groups; g += L)
+    Rows<K, M>::template masks<N>(w + g * M, mask + g * M, n, limit);
   if (g == groups) return;
   K last[M * L] = {}, masks[M * L];
   memcpy(last, w + g * M, size_t(groups - g) * M * sizeof(K));
-  Rows<K, M>::masks(last, masks, n, limit);
+  Rows<K, M>::template masks<N>(last, masks, n, limit);
   memcpy(mask + g * M, masks, size_t(groups - g) * M * sizeof(K));
+}
+
+template <class K, int M>
+void rows(const K* w, K* mask, int64_t groups, int n, K limit) {
+  if constexpr (M >= 4 && M <= 16) {
+    if (n == 1) return rows_of<K, M, 1>(w, mask, groups, n, limit);
+    if (n == 2) return rows_of<K, M, 2>(w, mask, groups, n, limit);
+    if (2 * n == M) return rows_of<K, M, M / 2>(w, mask, groups, n, limit);
+  }
+  rows_of<K, M, 0>(w, mask, groups, n, limit);
 }
 
 // The same for any m <= P, element by element into columns and back.

@@ -94,12 +94,15 @@ inline void stream(char* out, const char* in, int64_t bytes) {
   memcpy(out + i, in + i, size_t(bytes - i));
 }
 
-// How far ahead weights are asked for: within a chunk of 8 KB the CPU's own prefetching has hardly
-// begun. Milliseconds, 4096 x 4096 float32 2:4, project / gradient, one thread of an Intel Xeon,
-// where memcpy took 6 to 7: none 6.5 / 12.5, 2 KB 6.7 / 10.1, 4 KB 6.0 / 9.4, 8 KB 6.3 / 10.1.
-constexpr int64_t kAhead = 4096;
+// How far ahead weights are asked for: within a few KB the CPU's own prefetching has hardly begun.
+// Milliseconds, 4096 x 4096 float32 2:4, project / gradient, one thread of an AMD EPYC (Zen 4, AVX2),
+// where memcpy took 6.5: 1 KB 8.2 / 10.0, 2 KB 8.4 / 10.0, 4 KB 9.1 / 11.0, 8 KB 9.3 / 11.5.
+constexpr int64_t kAhead = 2048;
 
-// Elements, at least, whose masks one call finds. A call for one vector of groups spends as much on
+// Elements, at least, whose masks one call finds; of contiguous groups they are used at once, so that
+// results are written while the next weights are on their way: 8.4 / 10.0 ms as above, and 9.2 / 14.0
+// where the mask of a whole chunk came first. (Rows of 9, say, end in the middle of a cache line;
+// written past the caches in such pieces, 9.4 MB of a convolution took half as long again.) A call for one vector of groups spends as much on
 // itself: 0.44 ns per element of a weight in the cache (768 x 768 float32 2:4, one thread of an AMD
 // EPYC with AVX2), 0.31 to 0.36 from 128 elements on; with 512 the gradients are asked for too late.
 constexpr int64_t kBatch = 256;
@@ -160,9 +163,9 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
       for (int64_t k = 0; k < count; k += kBatch) {
         const int64_t few = count - k < kBatch ? count - k : kBatch, at = s + k;
         soon(at, few);
-        for (int64_t j = 0; j < few; j++) mask[k + j] = K(-K(c.kept[at + j]));
+        for (int64_t j = 0; j < few; j++) mask[j] = K(-K(c.kept[at + j]));
+        apply(mask, at, few);
       }
-      apply(mask, s, count);
       continue;
     }
     const int64_t step = c.inner == 1 ? kLanes<K> * ceil_div(kBatch, kLanes<K> * c.m)
@@ -170,13 +173,15 @@ void run_items(const MaskCall& c, int64_t begin, int64_t end, K infinity) {
     for (int64_t k = 0; k < count; k += step) {
       const int64_t few = count - k < step ? count - k : step, at = (s + k) * slab;
       soon(at, few * slab);
-      if (c.inner == 1)
-        mask_rows(w + at, mask + k * slab, few, c.m, c.n, limit);
-      else
+      if (c.inner == 1) {
+        mask_rows(w + at, mask, few, c.m, c.n, limit);
+        apply(mask, at, few * slab);
+      } else {
         mask_columns(w + at, c.inner, last, mask + k * slab, c.inner, c.inner, few, slab, c.m, c.n,
                      limit);
+      }
     }
-    apply(mask, s * slab, count * slab);
+    if (c.inner != 1) apply(mask, s * slab, count * slab);
   }
   if (past_caches) streamed();
 }
