@@ -105,6 +105,11 @@ constexpr int64_t kAhead = 2048;
 // written past the caches in such pieces, 9.4 MB of a convolution took half as long again.) A call for one vector of groups spends as much on
 // itself: 0.44 ns per element of a weight in the cache (768 x 768 float32 2:4, one thread of an AMD
 // EPYC with AVX2), 0.31 to 0.36 from 128 elements on; with 512 the gradients are asked for too late.
+//
+// The masks of contiguous groups are used at once, so that results are written while the next weights
+// are on their way: 9.0 / 10.7 ms as above with 4 KB, and 10.0 / 13.1 where those of a chunk came first.
+// Not those of narrow columns: rows of 9, say, end within a cache line, and written past the caches in
+// such pieces a large weight took 1.4 times as long.
 constexpr int64_t kBatch = 256;
 
 NMFX_INLINE void fetch(const void* memory, int64_t bytes) {

@@ -4,7 +4,7 @@
 //   project   out = w where kept, else +0                       read w, write out
 //   gradient  out = g where kept, else g + lambda * w           read g and w, write out
 //
-// Work goes through the first-level cache in chunks: first the mask of a chunk, all bits of an
+// Work goes through the first-level cache in pieces: first the mask of a piece, all bits of an
 // element set where it is kept (mask_groups.h), then what is done with it (mask_apply.h). So the
 // kinds of groups and the kinds of results do not multiply. A mask that is fixed is read instead.
 #pragma once
