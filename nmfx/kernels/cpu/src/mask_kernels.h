@@ -99,10 +99,7 @@ inline void stream(char* out, const char* in, int64_t bytes) {
 // where memcpy took 6.5: 1 KB 8.2 / 10.0, 2 KB 8.4 / 10.0, 4 KB 9.1 / 11.0, 8 KB 9.3 / 11.5.
 constexpr int64_t kAhead = 2048;
 
-// Elements, at least, whose masks one call finds; of contiguous groups they are used at once, so that
-// results are written while the next weights are on their way: 8.4 / 10.0 ms as above, and 9.2 / 14.0
-// where the mask of a whole chunk came first. (Rows of 9, say, end in the middle of a cache line;
-// written past the caches in such pieces, 9.4 MB of a convolution took half as long again.) A call for one vector of groups spends as much on
+// Elements, at least, whose masks one call finds. A call for one vector of groups spends as much on
 // itself: 0.44 ns per element of a weight in the cache (768 x 768 float32 2:4, one thread of an AMD
 // EPYC with AVX2), 0.31 to 0.36 from 128 elements on; with 512 the gradients are asked for too late.
 //
