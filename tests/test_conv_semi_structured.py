@@ -311,7 +311,9 @@ def test_algorithms_go_by_the_positions_of_the_output(monkeypatch: pytest.Monkey
 def test_untimed_on_a_gpu_only_pointwise_convolutions_are_compressed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    candidate: Any = SimpleNamespace(kind="conv", dim=1, groups=1)
+    candidate: Any = SimpleNamespace(
+        kind="conv", dim=1, groups=1, capture="leaf", host=torch.nn.Conv2d(1, 1, 1), path="weight"
+    )
     with FakeTensorMode():
         weight = torch.empty(64, 64, 3, 3, device="cuda", dtype=torch.float16)
     choice = choose_untimed(candidate, weight, Pattern(2, 4))

@@ -12,7 +12,6 @@ which read dense weights, are left out: `lower` times the whole model with and w
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..packing import BLOCK
 from .forms import packed_names
 from .generate import base_class, generated_class
 from .packed import dense_property
+from .renamed import with_helpers
 from .site import Site
 
 IN_PROJ = "in_proj_weight"
@@ -246,19 +246,9 @@ _HELPERS = {
 }
 
 
-def _with_helpers() -> Any:
-    names = {
-        **vars(F),
-        **_HELPERS,
-        "_check_key_padding_mask": _check_key_padding_mask,
-        "has_torch_function": lambda tensors: False,
-    }
-    # Else Dynamo looks the names up in the module that is called so.
-    del names["__name__"]
-    code, defaults, cells = _TORCH.__code__, _TORCH.__defaults__, _TORCH.__closure__
-    copy = types.FunctionType(code, names, _TORCH.__name__, defaults, cells)
-    copy.__kwdefaults__ = _TORCH.__kwdefaults__
-    return copy
-
-
-_ATTENTION = _with_helpers()
+_ATTENTION = with_helpers(
+    _TORCH,
+    **_HELPERS,
+    _check_key_padding_mask=_check_key_padding_mask,
+    has_torch_function=lambda tensors: False,
+)

@@ -4,14 +4,13 @@
 
 Classes that its `use_experts_implementation` decorates share one forward, which sorts tokens by
 expert and hands them to `_grouped_linear` twice; that runs here with this helper replaced. What the
-model asks for (`experts_implementation`: eager, batched, grouped) makes no difference then.
+model asks for of its own (`experts_implementation`: eager, batched, grouped) makes no difference.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..packing import BLOCK
 from .forms import packed_names
 from .generate import base_class, generated_class
 from .packed import dense_property
+from .renamed import with_helpers
 from .site import Site
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -120,8 +120,4 @@ def _grouped_linear(
 
 @functools.cache
 def _grouped_forward() -> Any:
-    function = getattr(sys.modules[_MODULE], _FORWARD)
-    names = {**function.__globals__, _HELPER: _grouped_linear}
-    del names["__name__"]  # else Dynamo looks names up in the module that is called so
-    code, defaults, cells = function.__code__, function.__defaults__, function.__closure__
-    return types.FunctionType(code, names, function.__name__, defaults, cells)
+    return with_helpers(getattr(sys.modules[_MODULE], _FORWARD), **{_HELPER: _grouped_linear})

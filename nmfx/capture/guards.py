@@ -41,11 +41,9 @@ OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {
 def guard_class(module: nn.Module) -> type[nn.Module] | None:
     """The generated class of a parent that would read raw weights, or None if it would not."""
     base = base_class(module)
-    # Of subclasses with a forward of their own, what that reads counts, as of any other class.
-    out_proj = module._modules.get("out_proj")
-    if base.forward is nn.MultiheadAttention.forward and is_lowered(out_proj):
+    if _runs(base, nn.MultiheadAttention) and is_lowered(module._modules.get("out_proj")):
         return attention_class(module, ())
-    if base.forward is nn.TransformerEncoder.forward:
+    if _runs(base, nn.TransformerEncoder):
         forward = _glancing(base.forward)
         return generated_class(base, ("glances",), lambda: forward, base.__name__)
     overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), None)
@@ -60,12 +58,17 @@ def guard_class(module: nn.Module) -> type[nn.Module] | None:
     return generated_class(base, ("reads", owners), lambda: forward, base.__name__, **methods)
 
 
+def _runs(base: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class runs the forward of `kind`; what one of its own reads counts as anywhere."""
+    return issubclass(base, kind) and base.forward is kind.forward
+
+
 def guards(module: nn.Module, hosts: set[nn.Module]) -> bool:
     """Whether `module` reads the weights of any of `hosts`."""
     base = base_class(module)
-    if base.forward is nn.MultiheadAttention.forward:
+    if _runs(base, nn.MultiheadAttention):
         return module._modules.get("out_proj") in hosts
-    if base.forward is nn.TransformerEncoder.forward:
+    if _runs(base, nn.TransformerEncoder):
         return any(host in hosts and is_lowered(host) for host in module.modules())
     if isinstance(module, tuple(OVERRIDES)):
         return not hosts.isdisjoint(module.modules())

@@ -67,18 +67,17 @@ def _experts(module: nn.Module) -> list[Own] | None:
     linear = isinstance(module, nn.Linear) and "weight" in _matrices(module)
     if linear or isinstance(module, nn.modules.conv._ConvNd):
         return None  # a layer of its own kind, whatever attributes a subclass has
-    lowered = [
-        Own(site.path, site.kind, site.dim)
-        for site in module.__dict__.get(SITES, ())
-        if site.lowered and site.kind == EXPERTS
-    ]
     stacked = [
         name
         for name, p in module._parameters.items()
         if p is not None and p.ndim == 3 and 1 not in p.shape[1:] and "bias" not in name.lower()
     ]
+    sites = [site for site in module.__dict__.get(SITES, ()) if site.kind == EXPERTS]
+    for site in reversed([site for site in sites if site.lowered]):
+        # Each knows the order of the parameters that were left before it.
+        stacked = [name for name in site.order if name == site.path or name in stacked]
     if not stacked:
-        return lowered or None
+        return None
     transposed = getattr(module, "is_transposed", None)
     dim = None
     if isinstance(transposed, bool):
@@ -87,7 +86,7 @@ def _experts(module: nn.Module) -> list[Own] | None:
         if dim is None and base.__module__.startswith("transformers."):
             dim = _EXPERTS.get(base.__name__)
     if dim is not None:
-        return [*lowered, *(Own(name, EXPERTS, dim) for name in stacked)]
+        return [Own(name, EXPERTS, dim) for name in stacked]
     name = type(module).__name__
     if not any(part in name.lower() for part in ("expert", "moe")):
         return None
