@@ -545,3 +545,65 @@ def test_a_shared_output_projection_stays_dense() -> None:
     for name in "ab":
         for call in calls():
             alike(fast[name](*call), folded[name](*call))
+
+
+# --- subclasses and shared modules ---------------------------------------------------------------
+
+
+class Renamed(nn.MultiheadAttention):
+    """Without a forward of its own."""
+
+
+def test_a_subclass_without_a_forward_is_lowered_whole() -> None:
+    fast, folded = lowered(Renamed(SIZE, HEADS).eval())
+    assert states(fast) == {"in_proj_weight": "packed", "out_proj.weight": "packed"}
+    call = inputs()
+    alike(fast(*call), folded(*call))
+
+
+class Head(nn.Module):
+    """Calls the output projection of its attention as a layer too."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        attend = attention()
+        if first:
+            self.head = attend.out_proj
+        self.attend = attend
+        self.head = attend.out_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_output_projection_that_is_called_too_stays_dense(first: bool) -> None:
+    model = Head(first).eval()
+    sparse = nmfx.sparsify(model, {"*": "2:4"})
+    stay = {fqn: reason for fqn, reason in reasons(sparse).items() if "in_proj" not in fqn}
+    assert stay
+    for reason in stay.values():
+        assert reason.startswith("attention reads its weight, and it is ")
+        assert "attend.out_proj" in reason
+        assert "head" in reason
+    x = torch.randn(4, 2, SIZE)
+    before = sparse(x)
+    torch.testing.assert_close(nmfx.fold(sparse)(x), before)
+    torch.testing.assert_close(nmfx.lower(sparse, tune=False)(x), before, **CLOSE)
+
+
+class Reading(nn.TransformerEncoderLayer):
+    """Reads a weight around its layer, besides what torch's forward does."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(src, *args, **kwargs) + F.linear(src, self.linear1.weight).mean()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_encoder_layer_that_reads_a_weight_itself(training: bool) -> None:
+    layer = Reading(SIZE, HEADS, dim_feedforward=48, dropout=0.0).train(training)
+    x = torch.randn(4, 2, SIZE)
+    sparse = nmfx.sparsify(layer, {"*": "2:4"})
+    found = sparse(x)
+    torch.testing.assert_close(nmfx.fold(sparse)(x), found, **CLOSE)
+    torch.testing.assert_close(nmfx.lower(sparse, tune=False)(x), found, **CLOSE)

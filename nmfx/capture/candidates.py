@@ -77,6 +77,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidates of a model, in the order of `named_modules`. Changes nothing."""
     tied, writers, adapted = _tied_names(model), written(model), find_adapted(model)
+    shared = _shared_projections(model)
     covered: set[nn.Module] = set()  # children whose weights their parent reads
     found: list[Candidate] = []
     for fqn, module in model.named_modules():
@@ -95,6 +96,9 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             candidate.tied = tuple(tied.get(candidate.name, ()))
             if candidate.tied and candidate.obstacle is None:
                 candidate.obstacle = tied_obstacle(candidate)
+            owner = place_of(candidate.host, candidate.path)[0]
+            if owner in shared and candidate.obstacle is None:
+                candidate.obstacle = f"attention reads its weight, and it is {shared[owner]} too"
             if candidate.name in writers and candidate.obstacle is None:
                 candidate.obstacle = f"{writers[candidate.name]} writes to its weight"
         found += new
@@ -140,6 +144,22 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
         if len(owners) > 1
         for _, name in owners
     }
+
+
+def _shared_projections(model: nn.Module) -> dict[nn.Module, str]:
+    """Output projections of attention that something else calls as a layer, and all their names.
+
+    The attention would read a masked weight and the other one call the layer as it is.
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    read, called = set[nn.Module](), set[nn.Module]()
+    for fqn, module in model.named_modules():
+        for key, child in module._modules.items():
+            if child is not None:
+                names[child].append(join(fqn, key))
+                reads = isinstance(module, nn.MultiheadAttention) and key == "out_proj"
+                (read if reads else called).add(child)
+    return {module: " and ".join(names[module]) for module in read & called}
 
 
 def tied_obstacle(candidate: Candidate) -> str:

@@ -46,16 +46,14 @@ def guard_class(module: nn.Module) -> type[nn.Module] | None:
     if _runs(base, nn.TransformerEncoder):
         forward = _glancing(base.forward)
         return generated_class(base, ("glances",), lambda: forward, base.__name__)
-    overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), None)
-    if overrides is not None:
-        return generated_class(base, ("guard",), lambda: base.forward, base.__name__, **overrides)
+    overrides = next((o for kind, o in OVERRIDES.items() if issubclass(base, kind)), {})
     owners = owners_read(module)
-    if not owners:
+    if not owners and not overrides:
         return None
-    entries = sorted(weights_read(module, base).entries)
-    methods = {name: _guarded(getattr(base, name), owners) for name in entries}
-    forward = methods.pop("forward", base.forward)
-    return generated_class(base, ("reads", owners), lambda: forward, base.__name__, **methods)
+    entries = sorted(weights_read(module, base).entries) if owners else []
+    members = overrides | {name: _guarded(getattr(base, name), owners) for name in entries}
+    forward = members.pop("forward", base.forward)
+    return generated_class(base, ("reads", owners), lambda: forward, base.__name__, **members)
 
 
 def _runs(base: type[nn.Module], kind: type[nn.Module]) -> bool:

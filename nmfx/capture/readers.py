@@ -44,9 +44,12 @@ class Reads:
 _scans: weakref.WeakKeyDictionary[type, Scan] = weakref.WeakKeyDictionary()
 
 
+_TORCH = "torch.nn.modules."
+
+
 def weights_read(module: nn.Module, base: type[nn.Module]) -> Reads:
     """What the methods of `base` read, write and call below `module`."""
-    if base.__module__.startswith(("torch.nn.modules.", "peft.")):
+    if base.__module__.startswith((_TORCH, "peft.")):
         return Reads()  # known: own_weights.py, guards.py and adapters.py say what they do
     if isinstance(module, fx.GraphModule):
         return Reads()  # its graph tells more than its source
@@ -166,7 +169,7 @@ def _methods(base: type[nn.Module]) -> Iterator[str]:
 
 def _follow(base: type[nn.Module], entry: str, scan: Scan) -> set[str]:
     """Adds what a method, and those that it names, do to `scan`; returns all their names."""
-    own = Scan()
+    own, torchs = Scan(), Scan()  # what torch's layers do is known, whoever inherits from them
     functions: list[types.FunctionType] = []
     seen, names = set[str](), [entry]
     while names:
@@ -178,9 +181,10 @@ def _follow(base: type[nn.Module], entry: str, scan: Scan) -> set[str]:
             names += (more for function in found for more in names_in(function.__code__))
     if any(mentions_weight(function.__code__) for function in functions):
         for function in functions:  # also those that only call the layers
-            scan_function(function, own)
+            known = (function.__module__ or "").startswith(_TORCH)
+            scan_function(function, torchs if known else own)
     scan.written |= own.written
-    scan.called |= own.called
+    scan.called |= own.called | torchs.called
     if own.read and (entry == "forward" or not own.manages):
         scan.read |= own.read
         scan.entries.add(entry)

@@ -83,7 +83,7 @@ def conv_nm(
         *(p.kernel_size, p.stride, p.padding, p.dilation, groups, n, m, activation),
     )
     try:
-        return p.restored(run_op(_op, p.x, values, bias, *arguments))
+        return p.restored(run_op(_op, unpacked_conv, p.x, values, bias, *arguments))
     except RuntimeError:
         # The native kernel only says that something does not fit. Here it is found out what.
         output_shape(*arguments)

@@ -18,7 +18,7 @@ from ..errors import NMError
 from ..packing import unpack
 from ..pattern import Pattern
 from .linear_nm import linear_nm
-from .packed import autocast_all, is_autocast
+from .packed import autocast_all, in_forward_mode, is_autocast
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 for _name in ("experts_nm", "experts_nm_grad_input"):
@@ -63,7 +63,8 @@ def experts_nm(
     if is_autocast(input):
         input, values, _ = autocast_all(input, values, None)
     constants = out_features, in_features, n, m
-    return torch.ops.nmfx.experts_nm.default(input, values, index, offsets, *constants)
+    product = _forward if in_forward_mode() else torch.ops.nmfx.experts_nm.default
+    return product(input, values, index, offsets, *constants)
 
 
 def _parts(offsets: Tensor, *packed: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -104,8 +105,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.nmfx.experts_nm_grad_input.default(grad, *ctx.saved_tensors, *ctx.constants)
-    return found, *[None] * 7
+    op = torch.ops.nmfx.experts_nm_grad_input.default
+    product = _grad_input if in_forward_mode() else op
+    return product(grad, *ctx.saved_tensors, *ctx.constants), *[None] * 7
 
 
 def _grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

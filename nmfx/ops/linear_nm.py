@@ -23,6 +23,7 @@ from .packed import (
     autocast_all,
     bias_grad,
     check_packed_call,
+    in_forward_mode,
     is_autocast,
     nested_rows,
     run_op,
@@ -80,7 +81,9 @@ def linear_nm(
     if is_autocast(input):
         input, values, bias = autocast_all(input, values, bias)
     try:
-        return run_op(_op, input, values, bias, input, values, index, bias, *constants)
+        return run_op(
+            _op, unpacked_linear, input, values, bias, input, values, index, bias, *constants
+        )
     except RuntimeError:
         # The native kernel only says that something does not fit. Here it is found out what.
         _check(input, values, index, bias, *constants)
@@ -192,11 +195,9 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         plain = torch.ops.nmfx.linear_nm(input, values, index, bias, *ctx.constants, "none")
         grad = activation_grad(ctx.activation, grad, plain)
-    grad_input = (
-        torch.ops.nmfx.linear_nm_grad_input(grad, values, index, *ctx.constants)
-        if need_input
-        else None
-    )
+    # A backward of a recorded graph whose gradient has a tangent: see packed.py.
+    product = _grad_input if in_forward_mode() else torch.ops.nmfx.linear_nm_grad_input
+    grad_input = product(grad, values, index, *ctx.constants) if need_input else None
     grad_bias = bias_grad(grad) if need_bias else None
     return grad_input, None, None, grad_bias, None, None, None, None, None
 

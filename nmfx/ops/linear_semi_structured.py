@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NMError
 from ..kernels.semi_structured import algorithm_for, decompress, multiply
-from .packed import bias_grad, check_together, is_autocast, nested_rows, run_op
+from .packed import bias_grad, check_together, in_forward_mode, is_autocast, nested_rows, run_op
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -75,7 +76,8 @@ def linear_semi_structured(
             )
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     constants = (out_features, in_features, dtype, algorithms or (1, 0))
-    return run_op(_op, input, compressed, bias, input, compressed, meta, bias, *constants)
+    arguments = input, compressed, meta, bias, *constants
+    return run_op(_op, _decompressed_linear, input, compressed, bias, *arguments)
 
 
 linear_semi_structured.__module__ = "nmfx"  # generated code reads `nmfx_linear_semi_structured(`
@@ -122,6 +124,15 @@ def _forward(
     return y.view(*input.shape[:-1], out)
 
 
+def _decompressed_linear(
+    input: Tensor, compressed: Tensor, meta: Tensor, bias: Tensor | None, *constants: Any
+) -> Tensor:
+    """The operator as plain torch. Arguments as there."""
+    *weight, _ = constants
+    _check(input, compressed, meta, bias, *weight)
+    return F.linear(input, decompress(compressed, meta, *weight), bias)
+
+
 def _forward_fake(
     input: Tensor,
     compressed: Tensor,
@@ -164,9 +175,9 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_input, _, _, need_bias, *_ = ctx.needs_input_grad
     grad_input = grad_bias = None
     if need_input:
-        grad_input = torch.ops.nmfx.linear_semi_structured_grad_input(
-            grad, compressed, meta, *ctx.constants
-        )
+        op = torch.ops.nmfx.linear_semi_structured_grad_input
+        product = _grad_input if in_forward_mode() else op
+        grad_input = product(grad, compressed, meta, *ctx.constants)
     if need_bias:
         grad_bias = bias_grad(grad)
     return grad_input, None, None, grad_bias, None, None, None, None

@@ -22,7 +22,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .keep import keep, keep_, project_kept
 from .sharded import is_sharded
-from .sr_ste import ABI, add_decay_, in_transform, project, sr_ste
+from .sr_ste import ABI, add_decay_, gradient, in_transform, project, sr_ste
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -218,7 +218,8 @@ class _Masked(torch.autograd.Function):
         del masked  # its memory may serve the next
         if ctx.needs_input_grad[1]:
             assert grad_weight is not None
-            grad_weight = _through_mask(grad_weight, weight, side, m, dim, in_place=not again)
+            in_place = not again and not in_transform()  # tangents need operators that torch knows
+            grad_weight = _through_mask(grad_weight, weight, side, m, dim, in_place)
         return grad_input, grad_weight, grad_bias, None, None
 
 
@@ -243,7 +244,7 @@ def _through_mask(
         return grad
     if frozen:
         return torch.where(side, grad.to(weight.dtype), 0.0)
-    return torch.ops.nmfx.sr_ste_backward.default(grad, weight, side, m, dim, ABI)
+    return gradient(grad, weight, side, m, dim)
 
 
 class _Linear(_Masked):

@@ -1,4 +1,9 @@
-"""What linear_nm, linear_semi_structured and conv_nm share: checks, activations, autocast."""
+"""What linear_nm, linear_semi_structured and conv_nm share: checks, activations, autocast.
+
+Forward-mode derivatives (`torch.func.jvp`, `jacfwd`, `torch.autograd.forward_ad`): torch drops the
+tangents of an operator that has no rule for them without a word, and custom operators cannot give
+it one. So the dense formulas of the references, which torch differentiates, run in its place.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +39,24 @@ def activation_grad(name: str, grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
 
 
-def run_op(op: Any, input: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+def run_op(
+    op: Any,
+    reference: Callable[..., Tensor],
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    *args: Any,
+) -> Tensor:
     """`op(*args)`, where `args` hold the three tensors, past autograd if nobody can need it.
 
     Autograd of a Python operator took about 10 us per call even under `torch.no_grad()`; in
     `torch.inference_mode()` torch leaves it out by itself.
+
+    Args:
+        reference: the same as plain torch, for forward-mode derivatives.
     """
+    if in_forward_mode():
+        return reference(*args)
     if torch.compiler.is_compiling() or _needs_autograd(input, values, bias):
         return op(*args)
     with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -55,8 +72,12 @@ def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
     )
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed."""
+    return forward_ad._current_level >= 0
 
 
 def is_autocast(input: Tensor) -> bool:

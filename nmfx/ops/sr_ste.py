@@ -247,8 +247,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, control = ctx.saved_tensors
-    result = torch.ops.nmfx.sr_ste_backward.default(grad, weight, control, ctx.m, ctx.dim, ABI)
-    return result, None, None, None, None, None
+    return gradient(grad, weight, control, ctx.m, ctx.dim), None, None, None, None, None
+
+
+def gradient(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
+    """The gradient of `weight` from that of `sr_ste(weight, ...)`, itself differentiable."""
+    if torch.autograd.forward_ad._current_level >= 0:  # operators drop tangents without a word
+        return _composed(grad, weight, control, m, dim)
+    return torch.ops.nmfx.sr_ste_backward.default(grad, weight, control, m, dim, ABI)
+
+
+def _composed(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
+    kept = _kept(rank_pointwise(weight.detach(), m, dim), control)
+    return torch.where(kept, grad.to(weight.dtype), _decayed(grad, weight, control))
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -305,9 +316,7 @@ class _Functorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, control = ctx.saved_tensors
-        kept = _kept(rank_pointwise(weight.detach(), ctx.m, ctx.dim), control)
-        result = torch.where(kept, grad, _decayed(grad, weight, control))
-        return result, None, None, None
+        return _composed(grad, weight, control, ctx.m, ctx.dim), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
