@@ -149,10 +149,8 @@ def _record(job: Job) -> Mapping[str, Mapping[Seen, int]]:
     candidates = [target.candidate for target in job.targets]
     mixtures = {c.name: c.host for c in candidates if c.kind == EXPERTS}
     recorder = Recorder({t.candidate.name: t.weight for t in job.targets}, mixtures)
-    with (
-        recorder.hooked(),
-        recorder,
-    ):  # a run of its own: torch's fused paths step aside for any observer
+    # A run of its own: torch's fused paths step aside for any observer.
+    with recorder.hooked(), recorder:
         run_calls(job.model, job.calls)
     return recorder.seen
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..errors import NMError
 from ..packing import unpack
 from ..pattern import Pattern
+from .forward_mode import in_forward_mode
 from .linear_nm import linear_nm
-from .packed import autocast_all, in_forward_mode, is_autocast
+from .packed import autocast_all, is_autocast
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 for _name in ("experts_nm", "experts_nm_grad_input"):

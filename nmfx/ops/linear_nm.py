@@ -17,13 +17,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import NMError
 from ..packing import unpack
 from ..pattern import Pattern
+from .forward_mode import in_forward_mode
 from .packed import (
     ACTIVATIONS,
     activation_grad,
     autocast_all,
     bias_grad,
     check_packed_call,
-    in_forward_mode,
     is_autocast,
     nested_rows,
     run_op,
@@ -195,7 +195,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         plain = torch.ops.nmfx.linear_nm(input, values, index, bias, *ctx.constants, "none")
         grad = activation_grad(ctx.activation, grad, plain)
-    # A backward of a recorded graph whose gradient has a tangent: see packed.py.
+    # A backward of a recorded graph whose gradient has a tangent: see forward_mode.py.
     product = _grad_input if in_forward_mode() else torch.ops.nmfx.linear_nm_grad_input
     grad_input = product(grad, values, index, *ctx.constants) if need_input else None
     grad_bias = bias_grad(grad) if need_bias else None

@@ -16,7 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import NMError
 from ..kernels.semi_structured import algorithm_for, decompress, multiply
-from .packed import bias_grad, check_together, in_forward_mode, is_autocast, nested_rows, run_op
+from .forward_mode import in_forward_mode
+from .packed import bias_grad, check_together, is_autocast, nested_rows, run_op
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)

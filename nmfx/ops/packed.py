@@ -1,9 +1,4 @@
-"""What linear_nm, linear_semi_structured and conv_nm share: checks, activations, autocast.
-
-Forward-mode derivatives (`torch.func.jvp`, `jacfwd`, `torch.autograd.forward_ad`): torch drops the
-tangents of an operator that has no rule for them without a word, and custom operators cannot give
-it one. So the dense formulas of the references, which torch differentiates, run in its place.
-"""
+"""What linear_nm, linear_semi_structured and conv_nm share: checks, activations, autocast."""
 
 from __future__ import annotations
 
@@ -13,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import NMError
 from ..packing import packed_shapes
 from ..pattern import Pattern
+from .forward_mode import in_forward_mode
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -73,11 +68,6 @@ def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are being computed."""
-    return forward_ad._current_level >= 0
 
 
 def is_autocast(input: Tensor) -> bool:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..kernels.rank import rank_eager, rank_pointwise
+from .forward_mode import in_forward_mode
 from .sharded import is_sharded, on_parts
 
 # Compiled graphs are cached on disk by the calls they contain, not by what `_decompose` turns them
@@ -131,9 +132,7 @@ def add_decay_(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) 
 
 def in_transform() -> bool:
     """Whether a torch.func transform or forward-mode AD is running, which need other rules."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 # fx prints a function as module_name: this makes generated code read `nmfx_sr_ste(...)`, and the
@@ -252,7 +251,7 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def gradient(grad: Tensor, weight: Tensor, control: Tensor, m: int, dim: int) -> Tensor:
     """The gradient of `weight` from that of `sr_ste(weight, ...)`, itself differentiable."""
-    if torch.autograd.forward_ad._current_level >= 0:  # operators drop tangents without a word
+    if in_forward_mode():
         return _composed(grad, weight, control, m, dim)
     return torch.ops.nmfx.sr_ste_backward.default(grad, weight, control, m, dim, ABI)
 

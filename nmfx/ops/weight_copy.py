@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..mask import as_bits
+from .forward_mode import in_forward_mode
 
 _SAMPLES = 64
 # A prompt and a decoding step, or two batch sizes; each copy is as large as the weight.
@@ -143,5 +144,5 @@ def _is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or in_forward_mode()
     )
