@@ -1,4 +1,4 @@
-"""The PTX of `triton_sparse.py` in numpy, from NVIDIA's description, for Triton's interpreter.
+"""`triton_ptx.py` in numpy, from NVIDIA's description, for Triton's interpreter.
 
 Fragments as in the PTX ISA ("Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16"): lane
 l has group g = l / 4 and place t = l % 4. Every function sees one number per thread.
@@ -16,7 +16,7 @@ import pytest
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from nmfx.kernels import triton_sparse
+from nmfx.kernels import triton_single, triton_sparse
 
 _G, _T = np.arange(32) // 4, np.arange(32) % 4
 
@@ -43,6 +43,11 @@ def load4(at: Any, exists: Any, even: Any, once: Any) -> tuple[Any, ...]:
     return tuple(_read(_data(at), here, 4))
 
 
+def load2(at: Any, exists: Any, even: Any) -> tuple[Any, ...]:
+    here = _data(exists) if not _plain(even) else np.ones(len(_data(at)), bool)
+    return tuple(_read(_data(at), here, 2))
+
+
 def load1(at: Any, exists: Any, even: Any) -> Any:
     here = _data(exists) if not _plain(even) else np.ones(len(_data(at)), bool)
     return _read(_data(at), here, 1)[0]
@@ -52,7 +57,7 @@ def _plain(constant: Any) -> Any:
     return getattr(constant, "value", constant)
 
 
-def transpose(*registers: Any) -> tuple[Any, ...]:
+def transpose(registers: Any) -> tuple[Any, ...]:
     """movmatrix.trans: lane l holds elements 2t and 2t + 1 of row g, low half first."""
     turned = []
     for register in registers:
@@ -78,6 +83,12 @@ def bytes_of(a: Any, b: Any, which: Any) -> Any:
     picked = np.take_along_axis(source, digits, 1).astype(np.uint32)
     result = sum(picked[:, i] << np.uint32(8 * i) for i in range(4))
     return _tensor(np.asarray(result, np.uint32).view(np.int32))
+
+
+def equal_halves(a: Any, b: Any) -> Any:
+    """set.eq.u32.f16x2."""
+    halves = [np.broadcast_to(_data(x), _data(a).shape).copy().view(np.float16) for x in (a, b)]
+    return _tensor(np.where(halves[0] == halves[1], np.uint16(0xFFFF), np.uint16(0)).view(np.int32))
 
 
 def multiply(a: Any, b: Any, c: Any, e: Any, bf16: Any, second: Any) -> tuple[Any, ...]:
@@ -125,19 +136,23 @@ def _widen(bits: np.ndarray) -> np.ndarray:
 
 
 EMULATED: dict[str, Callable[..., Any]] = {
-    "_load4": load4,
-    "_load1": load1,
-    "_transpose": transpose,
-    "_from_neighbour": from_neighbour,
-    "_bytes": bytes_of,
-    "_multiply": multiply,
+    "load4": load4,
+    "load2": load2,
+    "load1": load1,
+    "transpose": transpose,
+    "from_neighbour": from_neighbour,
+    "pick_bytes": bytes_of,
+    "equal_halves": equal_halves,
+    "multiply": multiply,
 }
 
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Within the block `triton_sparse.sparse` runs in Triton's interpreter."""
+    """Within the block `sparse` and `single` run in Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in EMULATED.items():
-            patch.setattr(triton_sparse, name, function)
+        for module in (triton_sparse, triton_single):
+            for name, function in EMULATED.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, function)
         yield

@@ -27,7 +27,7 @@ import ptx
 from triton_interpreter import rounding_bfloat16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATTERNS = ["2:4", "1:4", "4:8", "2:8", "1:16", "3:5", "7:12", "8:32", "1:2", "5:64"]
+PATTERNS = ["2:4", "1:4", "1:8", "4:8", "2:8", "1:16", "3:5", "7:12", "8:32", "1:2", "5:64"]
 # Half precision is rounded once, from a sum in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -94,8 +94,8 @@ def test_triton_linear_of_any_shape(
     check(rows, outputs, groups, pattern, dtype, bias, activation)
 
 
-# 1:16 is gathered, 2:4 of 16 bits takes the sparse tensor cores.
-@pytest.mark.parametrize("pattern", ["1:16", "2:4"])
+# 4:8 is gathered, 2:4 and 1:16 take the sparse tensor cores.
+@pytest.mark.parametrize("pattern", ["4:8", "1:16", "2:4"])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_triton_linear_adds_many_parts_in_order(rows: int, pattern: str) -> None:
     n, m = map(int, pattern.split(":"))
@@ -110,11 +110,11 @@ def test_triton_linear_adds_many_parts_in_order(rows: int, pattern: str) -> None
 
 def test_a_sum_is_cut_into_parts_of_whole_steps() -> None:
     for warps, length, step in ((16, 512, 16), (1, 100, 8), (4, 4096, 64), (8, 3, 8)):
-        parts, per_part = triton_packed._parts(warps, length, step, torch.device("cpu"))
+        parts, per_part = triton_packed._parts(warps, length, step, 32, torch.device("cpu"))
         assert per_part % step == 0
         assert (parts - 1) * per_part < length <= parts * per_part
-    assert triton_packed._parts(1, 512, 16, torch.device("cpu"))[0] > 1
-    assert triton_packed._parts(1000, 512, 16, torch.device("cpu"))[0] == 1
+    assert triton_packed._parts(1, 512, 16, 32, torch.device("cpu"))[0] > 1
+    assert triton_packed._parts(1000, 512, 16, 32, torch.device("cpu"))[0] == 1
 
 
 @settings(max_examples=25)
@@ -122,7 +122,7 @@ def test_a_sum_is_cut_into_parts_of_whole_steps() -> None:
     rows=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 40, 64]),
     outputs=st.integers(1, 70),
     groups=st.sampled_from([1, 2, 3, 7, 8, 16, 25, 64, 128, 130]),
-    pattern=st.sampled_from(["2:4", "1:4"]),
+    pattern=st.sampled_from(["2:4", "1:4", "1:8", "1:16"]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     bias=st.booleans(),
 )
@@ -132,7 +132,7 @@ def test_sparse_tensor_cores_of_any_shape(
     check(rows, outputs, groups, pattern, dtype, bias, "gelu")
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:8", "1:16"])
 def test_sparse_tensor_cores_take_inputs_at_any_address(pattern: str) -> None:
     n, m = map(int, pattern.split(":"))
     weight = nm_project(torch.randn(32, 64).half(), pattern, 1).to(DEVICE)

@@ -35,6 +35,7 @@ from ..errors import NMError
 from ..mask import is_nm, magnitude, same_values
 from ..packing import matrix_shape
 from ..pattern import Pattern
+from . import cusparselt
 
 PATTERN = Pattern(2, 4)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -121,7 +122,10 @@ def status(device: torch.device) -> str:
     backend = backend_of(device)
     if isinstance(backend, str):
         return f"no semi-structured layers: {backend}"
-    return f"semi-structured layers run on {backend.name}" + _UNTRIED.get(backend.name, "")
+    text = f"semi-structured layers run on {backend.name}" + _UNTRIED.get(backend.name, "")
+    if backend is CUSPARSELT and (reason := cusparselt.why_not()) is not None:
+        text += f", through torch, which takes the host longer at every call: {reason}"
+    return text
 
 
 def format_of(backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
@@ -279,7 +283,10 @@ def multiply(
     x = _aligned(_filled(input, backend.rows, backend.into))
     if bias is not None:
         bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else _aligned(bias)
-    if backend is CUSPARSELT:
+    if backend is CUSPARSELT and cusparselt.why_not() is None:
+        with torch.cuda.device_of(x):
+            y = cusparselt.product(x, compressed, bias, out + -out % backend.out, algorithm)
+    elif backend is CUSPARSELT:
         y = torch._cslt_sparse_mm(
             compressed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm
         )

@@ -1,10 +1,11 @@
 """nmfx::linear_nm on GPUs for few rows: chooses and starts the kernels.
 
-    2:4, 1:4 of 16 bits, NVIDIA 8.0 and later    up to 64 rows    sparse (triton_sparse.py)
-    any N:M                                      up to 16 rows    gather (triton_linear.py)
-    more rows                                    unpack, then a dense product
+    2:4 of 16 bits, NVIDIA 8.0 and later    up to 64 rows        sparse (triton_sparse.py)
+    1:4, 1:8, 1:16 of 16 bits, as there     up to 64 rows        single (triton_single.py)
+    any N:M; 1:16 of one row                up to 16 rows        gather (triton_linear.py)
+    more rows                               unpack, then a dense product
 
-Sizes of tiles and parts are those that were fastest on an H200, see `_warps` and `_parts`.
+Sizes of programs and parts are those that were fastest on an H200, see `_SIZES` and `_parts`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def status(device: torch.device) -> str:
     if reason is not None:
         return f"packed layers are unpacked at every call: {reason}"
     return (
-        f"packed layers run Triton kernels for up to {_GATHERED_ROWS} rows (2:4 and 1:4 of 16 "
-        f"bits for up to {_SPARSE_ROWS}, on sparse tensor cores), and are unpacked at every call "
-        f"for more"
+        f"packed layers run Triton kernels for up to {_GATHERED_ROWS} rows (2:4, 1:4, 1:8 and 1:16 "
+        f"of 16 bits for up to {_SPARSE_ROWS}, on sparse tensor cores), and are unpacked at every "
+        f"call for more"
     )
 
 
@@ -57,8 +58,9 @@ def most_rows(values: Tensor, n: int, m: int) -> int:
 
 
 def uses_sparse_cores(values: Tensor, n: int, m: int) -> bool:
-    """Whether a packed weight on a GPU is multiplied by `triton_sparse.py`."""
-    return m == 4 and n <= 2 and values.dtype in (torch.float16, torch.bfloat16) and _has_mma()
+    """Whether a packed weight on a GPU is multiplied by sparse tensor cores."""
+    taken = (n, m) == (2, 4) or (n == 1 and m in (4, 8, 16))
+    return taken and values.dtype in (torch.float16, torch.bfloat16) and _has_mma()
 
 
 @functools.cache
@@ -93,8 +95,9 @@ def linear(
     out = input.new_empty(rows, outputs)
     if not out.numel() or not columns:
         return out
-    if uses_sparse_cores(values, n, m):
-        kernel, sizes = _sparse, sparse_constants(n, rows)
+    if uses_sparse_cores(values, n, m) and (m < 16 or rows > 1):
+        few = len(values) // 2 < 2 * _processors(values.device) - 16
+        kernel, sizes = _sparse, sparse_constants(n, m, rows, few)
     else:
         kernel, sizes = _gather, gather_constants(n, m, rows)
     vector = None if bias is None else bias.contiguous()
@@ -124,9 +127,42 @@ def unpack(values: Tensor, index: Tensor, outputs: int, columns: int, n: int, m:
     return out
 
 
-def sparse_constants(n: int, rows: int) -> dict[str, int]:
-    """What `sparse` is compiled for; its warps are for `_sparse` to choose."""
-    return {"N": n, "TILES": 1 << (-(-rows // 8) - 1).bit_length()}
+def sparse_constants(n: int, m: int, rows: int, few: bool) -> dict[str, int]:
+    """What `sparse` or `single` is compiled for.
+
+    Args:
+        n, m: the pattern.
+        rows: of the input, up to 64.
+        few: whether there are so few outputs that their programs do not fill the GPU twice.
+    """
+    tiles = 1 << (-(-rows // 8) - 1).bit_length()
+    kind = "1:M" if m > 4 else f"{n}:{m}"
+    pairs, warps, stages = _SIZES[kind, tiles][0 if few else 1]
+    sizes = {"PAIRS": pairs} if kind == "2:4" else {"M": m}
+    return sizes | {"TILES": tiles, "WARPS": warps, "STAGES": stages}
+
+
+# (pattern, tiles of 8 rows) -> pairs of blocks that a program computes, its warps, its stages: for
+# few outputs, and for many. The fastest of 4 to 11 for 4096 x 4096, 4096 x 11008 (128 pairs) and
+# 11008 x 4096 (344 pairs) on an H200, see `benchmarks/results/gpu_sweep_...md`. Accumulators of
+# many rows leave registers for few warps.
+_SIZES = {
+    ("2:4", 1): ((1, 32, 2), (1, 16, 1)),
+    ("2:4", 2): ((1, 16, 2), (1, 8, 2)),
+    ("2:4", 4): ((2, 8, 1), (2, 8, 1)),
+    ("2:4", 8): ((2, 8, 1), (1, 4, 1)),
+    ("1:4", 1): ((1, 32, 1), (1, 8, 2)),
+    ("1:4", 2): ((1, 16, 2), (1, 8, 2)),
+    ("1:4", 4): ((1, 8, 2), (1, 8, 1)),
+    ("1:4", 8): ((1, 8, 1), (1, 4, 1)),
+    ("1:M", 1): ((1, 16, 2), (1, 8, 1)),
+    ("1:M", 2): ((1, 16, 2), (1, 4, 2)),
+    ("1:M", 4): ((1, 8, 2), (1, 4, 1)),
+    ("1:M", 8): ((1, 8, 1), (1, 4, 1)),
+}
+
+# Warps of a GPU's processor that parts may fill, by tiles of 8 rows.
+_PART_WARPS = {1: 32, 2: 24, 4: 16, 8: 8}
 
 
 def gather_constants(n: int, m: int, rows: int) -> dict[str, int]:
@@ -146,24 +182,28 @@ def _sparse(
     sizes: dict[str, int],
     activation: str,
 ) -> None:
-    from . import triton_sparse as kernels  # Triton takes a second to import
+    from . import triton_single, triton_sparse  # Triton takes a second to import
 
+    kernel = triton_sparse.sparse if "PAIRS" in sizes else triton_single.single
     rows, columns = input.shape
     slots, words = values.shape[1], index.shape[1]
     # A thread reads 8 columns at once, of any row.
     x = F.pad(input, (0, -columns % 8)) if columns % 8 else input.contiguous()
     x, values = _aligned(x), _aligned(values)
-    tiles = -(-len(values) // 2)
-    warps = _warps(tiles, words, sizes, values.device)
-    parts, per_part = _parts(tiles * warps, words, warps, values.device)
+    tiles = -(-len(values) // (2 * sizes.get("PAIRS", 1)))
+    warps = sizes["WARPS"]
+    while warps > 4 and warps > words:
+        warps //= 2
+    per_processor = _PART_WARPS[sizes["TILES"]]
+    parts, per_part = _parts(tiles * warps, words, warps, per_processor, values.device)
     # Outputs that only fill up a block have no legal metadata.
-    even = slots == 16 * words and words % warps == 0 and out.shape[1] % 16 == 0
-    grid, end = (tiles, parts), _Ending(out, bias, activation, parts, 8 * sizes["TILES"])
-    kernels.sparse[grid](
+    per_word = 8 if sizes.get("M", 4) > 4 else 16
+    even = slots == per_word * words and words % warps == 0 and out.shape[1] % 16 == 0
+    end = _Ending(out, bias, activation, parts, 8 * sizes["TILES"])
+    kernel[tiles, parts](
         *(x, values, index, end.bias, out, end.sums),
         *(rows, x.shape[1], slots, words, out.shape[1], columns, per_part),
-        **sizes,
-        WARPS=warps,
+        **(sizes | {"WARPS": warps}),
         EVEN=even,
         BF16=values.dtype == torch.bfloat16,
         **end.constants,
@@ -186,7 +226,8 @@ def _gather(
     rows, columns = input.shape
     slots, words = values.shape[1], index.shape[1]
     heights = -(-rows // sizes["ROWS"])
-    parts, per_part = _parts(8 * len(values) * heights, words, sizes["WORDS"], values.device)
+    warps = 8 * len(values) * heights
+    parts, per_part = _parts(warps, words, sizes["WORDS"], 32, values.device)
     end = _Ending(out, bias, activation, parts, heights * sizes["ROWS"])
     kernels.gather[(len(values), parts, heights)](
         *(input.contiguous(), values, index, end.bias, out, end.sums),
@@ -233,28 +274,15 @@ class _Ending:
         )
 
 
-def _warps(tiles: int, words: int, sizes: dict[str, int], device: torch.device) -> int:
-    """Warps of a program of `sparse`: twice as many where there are few programs.
-
-    For one row of 11008 outputs and 4096 columns on an H200: 2:4 in 15.0 us with 16 warps (8: 15.1,
-    32: more), 1:4, which computes more for a byte, in 12.0 us with 8 (16: 14.1). Accumulators of
-    many rows leave registers for few warps.
-    """
-    most = 16 if sizes["N"] == 2 and sizes["TILES"] == 1 else 8
-    if tiles < 2 * _processors(device) - 16 and sizes["TILES"] <= 2:
-        most *= 2
-    while most > 4 and most > words:
-        most //= 2
-    return most
-
-
-def _parts(warps: int, length: int, step: int, device: torch.device) -> tuple[int, int]:
+def _parts(
+    warps: int, length: int, step: int, per_processor: int, device: torch.device
+) -> tuple[int, int]:
     """(into how many parts a sum over `length` is cut, a multiple of `step` that each has).
 
-    Parts cost another kernel, about 2 us, so they are only for products whose `warps` leave most
-    of a GPU idle.
+    Parts cost another kernel, about 2 us, so they are only for products whose `warps` are less than
+    half of `per_processor` on all of them.
     """
-    wanted = max(1, min(4, 32 * _processors(device) // max(1, warps)))
+    wanted = max(1, min(4, per_processor * _processors(device) // max(1, warps)))
     steps = -(-length // step)
     per_part = -(-steps // max(1, min(wanted, steps // 4))) * step
     return -(-length // per_part), per_part

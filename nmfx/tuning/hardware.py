@@ -42,7 +42,7 @@ def kernel_digest(device: torch.device = _CPU) -> str:
     """Tells one build of the kernels from another: the native ones, or Triton's sources."""
     if device.type == "cuda":
         folder = Path(triton_packed.__file__).parent
-        sources = sorted(folder.glob("triton*.py"))
+        sources = [*sorted(folder.glob("triton*.py")), folder / "cusparselt.py"]
         ops = ("cuda.py", "pictures.py", "conv_semi_structured.py")
         sources += [folder.parent / "ops" / name for name in ops]
         return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
