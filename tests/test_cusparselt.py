@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,8 @@ def lib(built: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     lib.number("plans_made").value = lib.number("refused").value = 0
     monkeypatch.setattr(cusparselt, "_NAME", str(lib.path))
     monkeypatch.setattr(cusparselt, "_thread", cusparselt._Thread())
-    monkeypatch.setattr(cusparselt, "_stream", lambda x: ctypes.c_void_p(STREAM))
+    monkeypatch.setattr(cusparselt, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(cusparselt, "_current_device", lambda: -1)  # that of a tensor on a CPU
     say(monkeypatch, True, lib.version)
     assert cusparselt.why_not() is None
     yield lib
@@ -85,7 +86,6 @@ def lib(built: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
-    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
 
 
 def say(monkeypatch: pytest.MonkeyPatch, available: bool, version: int | None) -> None:
@@ -283,7 +283,8 @@ import torch
 from nmfx.kernels import cusparselt
 library = ctypes.CDLL(sys.argv[1])
 cusparselt._declare(library)
-cusparselt._library, cusparselt._stream = lambda: library, lambda x: ctypes.c_void_p()
+cusparselt._library, cusparselt._stream = lambda: library, lambda device: 0
+cusparselt._current_device = lambda: -1
 made, end = threading.Event(), threading.Event()
 def run():
     x = torch.ones(16, 16).half()
@@ -329,6 +330,7 @@ def test_why_not(
     monkeypatch: pytest.MonkeyPatch, available: bool, version: int, name: str, reason: str
 ) -> None:
     monkeypatch.setattr(cusparselt, "_NAME", name)
+    monkeypatch.setattr(cusparselt, "_current_device", lambda: -1)
     monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUSPARSELT)
     say(monkeypatch, available, version)
     try:
@@ -357,3 +359,23 @@ def test_library_that_torch_did_not_load_is_not_called(
         assert f"{another} cannot be called" in str(cusparselt.why_not())
     finally:
         cusparselt._library.cache_clear()
+
+
+def test_a_product_runs_on_the_device_of_its_input(
+    lib: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = [3], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, now[0] = now[0], index
+        yield
+        now[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cusparselt, "_current_device", lambda: now[0])
+    monkeypatch.setattr(cusparselt, "_stream", lambda device: seen.append((device, now[0])) or 0)
+    x, weight = torch.randn(8, 32).half(), torch.randn(16, 32).half()
+    y = cusparselt.product(x, weight, None, 16, 0)
+    torch.testing.assert_close(y, F.linear(x, weight))
+    assert (seen, now) == ([(-1, -1)], [3])

@@ -105,7 +105,8 @@ class _Plan:
     """A product y = x W^T + b of given sizes, ready to run.
 
     Attributes:
-        at, handle: addresses for the library.
+        at, handle, stream_at: addresses for the library, the last of `stream`.
+        run: the library's function.
         workspace: bytes that it needs.
     """
 
@@ -159,6 +160,9 @@ class _Plan:
         size = ctypes.c_size_t()
         call("cusparseLtMatmulGetWorkspace", self.handle, plan.at, ctypes.addressof(size))
         self.at, self.workspace = plan.at, size.value
+        self.run = library.cusparseLtMatmul
+        self.stream = ctypes.c_void_p()  # plans are of one thread
+        self.stream_at = ctypes.addressof(self.stream)
 
     def _set(
         self, call: Callable[..., None], name: str, struct: _Memory, attribute: int, value: Any
@@ -226,13 +230,15 @@ def _plan(device: int, *kind: Any) -> _Plan:
 
 
 _one, _zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+_ONE, _ZERO = ctypes.addressof(_one), ctypes.addressof(_zero)
+_current_device = torch.cuda.current_device
 
 
 def product(x: Tensor, compressed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
     """The product x W^T + b.
 
     Args:
-        x: (rows, in), contiguous, on the current device; 8 divides rows and 16 divides in.
+        x: (rows, in), contiguous; 8 divides rows and 16 divides in.
         compressed: what `torch._cslt_compress` made of the (out, in) weight.
         bias: (out,), contiguous, or None.
         out: rows of the weight, which 16 divides.
@@ -246,24 +252,26 @@ def product(x: Tensor, compressed: Tensor, bias: Tensor | None, out: int, algori
     Raises:
         RuntimeError: the library refuses it, for example an algorithm that it does not have.
     """
+    device = x.get_device()
+    if device != _current_device():
+        with torch.cuda.device(device):
+            return product(x, compressed, bias, out, algorithm)
     rows, into = x.shape
     at = 0 if bias is None else bias.data_ptr()
-    plan = _plan(x.get_device(), x.dtype, out, into, rows, at, algorithm)
+    plan = _plan(device, x.dtype, out, into, rows, at, algorithm)
     y = x.new_empty(rows, out)
+    target = y.data_ptr()
     workspace = x.new_empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None
-    stream = _stream(x)
-    status = _loaded().cusparseLtMatmul(
-        *(plan.handle, plan.at, ctypes.addressof(_one), compressed.data_ptr(), x.data_ptr()),
-        *(ctypes.addressof(_zero), y.data_ptr(), y.data_ptr()),
-        None if workspace is None else workspace.data_ptr(),
-        ctypes.addressof(stream),
-        1,
+    plan.stream.value = _stream(device)
+    status = plan.run(
+        *(plan.handle, plan.at, _ONE, compressed.data_ptr(), x.data_ptr(), _ZERO, target, target),
+        *(None if workspace is None else workspace.data_ptr(), plan.stream_at, 1),
     )
     if status:
         raise RuntimeError(f"cuSPARSELt: cusparseLtMatmul answers {status}")
     return y
 
 
-def _stream(x: Tensor) -> ctypes.c_void_p:
-    """The stream that the product is queued on."""
-    return ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+def _stream(device: int) -> int:
+    """The stream that a product is queued on, as the code that Inductor writes asks for it."""
+    return torch._C._cuda_getCurrentRawStream(device)

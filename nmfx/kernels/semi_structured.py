@@ -276,7 +276,7 @@ def multiply(
             f"a weight that cuSPARSELt compressed runs on the GPU it was compressed on, and is now "
             f"on {input.device}: move the model back; there, nmfx.fold(model) makes it dense again"
         )
-    compressed = _aligned(compressed).view(input.dtype)
+    compressed = _aligned(compressed)
     backend = CUTLASS if meta.numel() else CUSPARSELT
     if not rows:
         return input.new_empty(0, out)
@@ -284,9 +284,11 @@ def multiply(
     if bias is not None:
         bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else _aligned(bias)
     if backend is CUSPARSELT and cusparselt.why_not() is None:
-        with torch.cuda.device_of(x):
-            y = cusparselt.product(x, compressed, bias, out + -out % backend.out, algorithm)
-    elif backend is CUSPARSELT:
+        filled = out + -out % backend.out
+        y = cusparselt.product(x, compressed, bias, filled, algorithm)
+        return y if filled == out and x.shape[0] == rows else y[:rows, :out].contiguous()
+    compressed = compressed.view(input.dtype)
+    if backend is CUSPARSELT:
         y = torch._cslt_sparse_mm(
             compressed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm
         )
@@ -331,6 +333,8 @@ def algorithm_for(rows: int, algorithms: Sequence[int]) -> int:
     Returns:
         That of the nearest number of rows, in ratio; 0 if there is none.
     """
+    if len(algorithms) == 2:
+        return algorithms[1]
     best, found = 0.0, 0
     for at in range(0, len(algorithms), 2):
         low, high = sorted((max(1, rows), max(1, algorithms[at])))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import triton, triton_packed
 from .conv_nm import output_shape, unpacked_conv
 from .linear_nm import _check, unpacked_linear
-from .packed import ACTIVATIONS
+from .packed import ACTIVATIONS, ON_GPU
 from .pictures import memory_format, patches
 from .sr_ste import _backward_eager, _decay_eager, _project_eager
 
@@ -91,6 +91,7 @@ def conv(input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *res
 _library = torch.library.Library("nmfx", "IMPL")
 _library.impl("conv_nm", conv, "CUDA")
 _library.impl("linear_nm", linear, "CUDA")
+ON_GPU[torch.ops.nmfx.linear_nm.default] = linear
 _library.impl("sr_ste", forward, "CUDA")
 _library.impl("sr_ste_project", project, "CUDA")
 _library.impl("sr_ste_backward", backward, "CUDA")

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..errors import NMError
 from ..kernels.semi_structured import algorithm_for, decompress, multiply
 from .forward_mode import in_forward_mode
-from .packed import bias_grad, check_together, is_autocast, nested_rows, run_op
+from .packed import ON_GPU, bias_grad, check_together, is_autocast, nested_rows, run_op
 
 _library = torch.library.Library("nmfx", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -97,7 +97,7 @@ def _check(
         raise NMError(f"input of shape {tuple(input.shape)} does not end in in_features={into}")
     if compressed.dtype != torch.uint8 or meta.dtype != torch.uint8:
         raise NMError(f"a compressed weight is bytes, not {compressed.dtype} and {meta.dtype}")
-    if bias is not None and tuple(bias.shape) != (out,):
+    if bias is not None and bias.shape != (out,):
         raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {out} outputs")
     otherwise = "lower the model in the dtype that you run it in"
     check_together(input, (compressed, meta), dtype, bias, otherwise)
@@ -114,15 +114,15 @@ def _forward(
     algorithms: Sequence[int] = (),
 ) -> Tensor:
     _check(input, compressed, meta, bias, out, into, dtype)
-    x = input.reshape(-1, into)
-    algorithm = algorithm_for(len(x), algorithms)
+    x = input if input.ndim == 2 else input.reshape(-1, into)
+    algorithm = algorithm_for(x.shape[0], algorithms)
     try:
         y = multiply(x, compressed, meta, bias, out, algorithm)
     except RuntimeError:
         if not algorithm:
             raise
         y = multiply(x, compressed, meta, bias, out)  # measured for other rows, and not for these
-    return y.view(*input.shape[:-1], out)
+    return y if input.ndim == 2 else y.view(*input.shape[:-1], out)
 
 
 def _decompressed_linear(
@@ -164,6 +164,7 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nmfx::{_name}", _fake, lib=_library)
+ON_GPU[_op] = _forward
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

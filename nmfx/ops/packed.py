@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NMError
-from ..packing import packed_shapes
+from ..packing import Shape, packed_shapes
 from ..pattern import Pattern
 from .forward_mode import in_forward_mode
 
@@ -45,7 +46,8 @@ def run_op(
     """`op(*args)`, where `args` hold the three tensors, past autograd if nobody can need it.
 
     Autograd of a Python operator took about 10 us per call even under `torch.no_grad()`; in
-    `torch.inference_mode()` torch leaves it out by itself.
+    `torch.inference_mode()` torch leaves it out by itself. Where the operator is Python on a GPU,
+    torch's dispatcher is passed by too, if nobody looks: a GPU waits for the host in eager mode.
 
     Args:
         reference: the same as plain torch, for forward-mode derivatives.
@@ -54,8 +56,21 @@ def run_op(
         return reference(*args)
     if torch.compiler.is_compiling() or _needs_autograd(input, values, bias):
         return op(*args)
+    direct = ON_GPU.get(op)
+    if direct is not None and input.is_cuda and _is_plain(input) and not _is_profiled():
+        return direct(*args)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args)
+
+
+# Operators and what torch's dispatcher calls for them on a GPU, if that is Python.
+ON_GPU: dict[Any, Callable[..., Tensor]] = {}
+
+_is_profiled = torch.autograd._profiler_enabled
+
+
+def _is_plain(input: Tensor) -> bool:
+    return type(input) is Tensor or type(input) is torch.nn.Parameter
 
 
 def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:
@@ -121,14 +136,18 @@ def check_together(
         NMError: they are not.
     """
     first, second = weight
-    devices = [input.device, first.device, second.device]
-    if len({*devices, *([] if bias is None else [bias.device])}) > 1:
+    device = input.device
+    if not (
+        first.device == device
+        and second.device == device
+        and (bias is None or bias.device == device)
+    ):
         raise NMError(
             f"input is on {input.device}, the packed weight on {first.device} and "
             f"{second.device}, the bias on {None if bias is None else bias.device}: move the whole "
             f"model with .to(device)"
         )
-    if {input.dtype, dtype if bias is None else bias.dtype} != {dtype}:
+    if input.dtype != dtype or (bias is not None and bias.dtype != dtype):
         raise NMError(
             f"input is {input.dtype}, the packed weight {dtype}, the bias "
             f"{None if bias is None else bias.dtype}: {otherwise}, or run under torch.autocast"
@@ -155,18 +174,28 @@ def check_packed_call(
         raise NMError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     if cols % pattern.m:
         raise NMError(f"{cols} columns are not a multiple of {pattern.m}, as {pattern} needs")
-    (blocks, slots, lanes), (_, words, _) = packed_shapes(rows, cols, pattern)
-    expected = (groups * blocks, slots, lanes), (groups * blocks, words, lanes)
-    if (tuple(values.shape), tuple(index.shape)) != expected or index.dtype != torch.int32:
+    # dynamo warns of caches, and what stands for a size has no hash
+    known = type(rows) is int and type(cols) is int and not torch.compiler.is_compiling()
+    expected = (_known_shapes if known else _shapes)(rows, cols, pattern, groups)
+    if (values.shape, index.shape) != expected or index.dtype != torch.int32:
         raise NMError(
             f"packed tensors of shapes {tuple(values.shape)} and {tuple(index.shape)} "
             f"({index.dtype}) do not fit a ({groups * rows}, {cols}) weight with {pattern}, which "
             f"needs {expected[0]} and {expected[1]} (torch.int32)"
         )
-    if bias is not None and tuple(bias.shape) != (groups * rows,):
+    if bias is not None and bias.shape != (groups * rows,):
         raise NMError(f"bias of shape {tuple(bias.shape)} does not fit {groups * rows} outputs")
     check_together(
         input, (values, index), values.dtype, bias, "move the whole model with .to(dtype)"
     )
     if not values.is_contiguous() or not index.is_contiguous():
         raise NMError("packed tensors are contiguous; call .contiguous() on them")
+
+
+def _shapes(rows: int, cols: int, pattern: Pattern, groups: int) -> tuple[Shape, Shape]:
+    """What the packed tensors of a layer have."""
+    (blocks, slots, lanes), (_, words, _) = packed_shapes(rows, cols, pattern)
+    return (groups * blocks, slots, lanes), (groups * blocks, words, lanes)
+
+
+_known_shapes = functools.lru_cache(1024)(_shapes)  # asked at every call

@@ -26,8 +26,8 @@ _EVICT = 2
 
 
 _KERNELS_ONLY = (
-    "layers on a GPU: the time of their kernels, as in a CUDA graph (timing them so has not yet "
-    "run on a GPU); what the host needs to launch them shows in the whole model's time only"
+    "layers on a GPU: the time of their kernels, as in a CUDA graph; what the host needs to launch "
+    "them shows in the whole model's time only"
 )
 
 
