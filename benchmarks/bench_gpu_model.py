@@ -504,10 +504,10 @@ def run_blocks_eager(model: nn.Module) -> None:
         block.__dict__.pop("forward", None)
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules: the blocks of a transformer."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+def blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
+    """The longest list of modules: the blocks of a transformer, or of a ResNet."""
+    kinds = nn.ModuleList, nn.Sequential
+    return max((module for module in model.modules() if isinstance(module, kinds)), key=len)
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

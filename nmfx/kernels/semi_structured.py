@@ -66,7 +66,10 @@ CUTLASS = Backend("CUTLASS", 32, 64, 8)
 
 
 # What no committed result of `benchmarks/` or run of `tests/test_gpu.py` has shown yet.
-_UNTRIED = {CUTLASS.name: " (nmfx's use of it has not yet run on a GPU, so look at the outputs)"}
+_UNTRIED = {
+    CUTLASS.name: " (nmfx's use of it has not yet run on a GPU, so look at the outputs)",
+    CUSPARSELT.name: " (called with less of the host's time since it last ran on a GPU)",
+}
 
 
 def backend_of(device: torch.device) -> Backend | str:

@@ -57,7 +57,7 @@ def run_op(
     if torch.compiler.is_compiling() or _needs_autograd(input, values, bias):
         return op(*args)
     direct = ON_GPU.get(op)
-    if direct is not None and input.is_cuda and _is_plain(input) and not _is_profiled():
+    if direct is not None and _is_on_gpu(input) and not torch._C._autograd._profiler_enabled():
         return direct(*args)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args)
@@ -66,11 +66,10 @@ def run_op(
 # Operators and what torch's dispatcher calls for them on a GPU, if that is Python.
 ON_GPU: dict[Any, Callable[..., Tensor]] = {}
 
-_is_profiled = torch.autograd._profiler_enabled
 
-
-def _is_plain(input: Tensor) -> bool:
-    return type(input) is Tensor or type(input) is torch.nn.Parameter
+def _is_on_gpu(input: Tensor) -> bool:
+    """Whether it is there, and a tensor that no class of its own looks after."""
+    return input.is_cuda and (type(input) is Tensor or type(input) is torch.nn.Parameter)
 
 
 def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -53,8 +52,7 @@ def choose(
     if names(layer) == [DENSE]:
         return stays_dense(f"{layer.obstacles[SEMI]}; {layer.obstacles[PACKED]}")
     keep = None if c.kind == "conv" or layer.in_parts else keep
-    choice = bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
-    return _marked(choice, layer)
+    return bench.choose(candidate.name, layer, shapes, every=seen is None, keep=keep)
 
 
 def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Choice:
@@ -74,7 +72,7 @@ def choose_untimed(candidate: Candidate, weight: Tensor, pattern: Pattern) -> Ch
     reasons = layer.obstacles
     for name in forms:
         if reasons[name] is None:
-            return _marked(Choice(name, 0.0, 0.0, ""), layer)
+            return Choice(name, 0.0, 0.0, "")
     return stays_dense(f"{reasons[SEMI]}; {reasons[PACKED] or _MANY_ROWS}")
 
 
@@ -88,14 +86,6 @@ def _layer(c: Candidate, weight: Tensor, pattern: Pattern, prepack: bool) -> Lay
 
 _UNFOLDED = "on a GPU its input would be unfolded, which only measuring can justify"
 _MANY_ROWS = "packed it would be unpacked at every call, for all but the smallest inputs"
-_UNTRIED = "convolutions as products of patches have not yet run on a GPU: look at the outputs"
-
-
-def _marked(choice: Choice, layer: Layer) -> Choice:
-    """A choice that says so where no committed result has shown its like."""
-    if layer.kind != "conv" or not layer.weight.is_cuda or choice.name == DENSE:
-        return choice
-    return replace(choice, reason="; ".join(filter(None, (choice.reason, _UNTRIED))))
 
 
 def _has_bias(candidate: Candidate) -> bool:

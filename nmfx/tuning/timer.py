@@ -58,8 +58,8 @@ def measure(
         evict: called before every run, outside the time; None for weights that stay in the cache.
         budget_s: wall time to spend, warm-up not counted.
         device: a GPU that the runs keep busy: then its time is taken, and not the host's.
-        captured: on a GPU, time CUDA graphs of the runs, if all can be captured. cuSPARSELt
-            takes the host longer to launch than any lead that the host could be given.
+        captured: on a GPU, time CUDA graphs of the runs, if all can be captured: some take the host
+            longer to launch than any lead that it could be given.
 
     Returns:
         {name: milliseconds of one run}; `busy` tells of what kind.

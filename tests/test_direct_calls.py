@@ -1,0 +1,111 @@
+"""On a GPU, layers call their Python kernels past torch's dispatcher, unless somebody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nmfx.kernels import semi_structured as semi
+from nmfx.mask import nm_project
+from nmfx.ops import cuda, packed
+from nmfx.ops.linear_nm import linear_nm
+from nmfx.ops.linear_semi_structured import linear_semi_structured
+from nmfx.packing import pack
+
+OPS = {
+    "packed": torch.ops.nmfx.linear_nm.default,
+    "semi-structured": torch.ops.nmfx.linear_semi_structured.default,
+}
+
+
+@pytest.fixture(params=OPS)
+def layer(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, list[str], Any]]:
+    """A layer, its dense weight, and what is called directly; a CPU stands in for the GPU."""
+    weight = nm_project(torch.randn(32, 64).bfloat16(), "2:4", 1)
+    op, called = OPS[request.param], []
+    real = packed.ON_GPU[op]
+
+    def direct(*args: Any) -> Tensor:
+        called.append("direct")
+        return real(*args)
+
+    monkeypatch.setitem(packed.ON_GPU, op, direct)
+    monkeypatch.setattr(packed, "_is_on_gpu", lambda input: type(input) is Tensor)
+    if request.param == "packed":
+        both = pack(weight, "2:4")
+        yield lambda x: linear_nm(x, *both, None, 32, 64, 2, 4), weight, called, op
+    else:
+        compressed, meta = semi.compress(weight, semi.CUTLASS)
+        constants = compressed, meta, None, 32, 64, weight.dtype
+        yield lambda x: linear_semi_structured(x, *constants), weight, called, op
+
+
+def check(layer: Any, x: Tensor, calls: int) -> None:
+    call, weight, called, _ = layer
+    y = call(x)
+    torch.testing.assert_close(y.detach().float(), F.linear(x.detach(), weight).float())
+    assert len(called) == calls
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,), (0, 64)])
+def test_a_call_that_nobody_looks_at_is_direct(layer: Any, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).bfloat16()
+    check(layer, x, 1)
+    with torch.no_grad():
+        check(layer, x.clone().requires_grad_(), 2)
+    with torch.inference_mode():
+        check(layer, x, 3)
+
+
+def test_gradients_go_through_torch(layer: Any) -> None:
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    check(layer, x, 0)
+    layer[0](x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, 32).bfloat16() @ layer[1])
+
+
+def test_a_profile_shows_the_operator(layer: Any) -> None:
+    x = torch.randn(3, 64).bfloat16()
+    with torch.profiler.profile() as profile, torch.no_grad():
+        check(layer, x, 0)
+    name = layer[3].name().split(".")[0]
+    assert name in {event.key for event in profile.key_averages()}
+
+
+def test_a_dispatch_mode_sees_the_operator(layer: Any) -> None:
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode(), torch.no_grad():
+        layer[0](torch.randn(3, 64).bfloat16())
+    assert layer[3] in seen
+    assert not layer[2]
+
+
+def test_a_compiled_graph_holds_the_operator(layer: Any) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(layer[0], backend=keep, fullgraph=True)(torch.randn(3, 64).bfloat16())
+    assert any(node.target is layer[3] for node in graphs[0].graph.nodes)
+
+
+def test_what_is_called_is_what_torch_would_call() -> None:
+    assert packed.ON_GPU[OPS["packed"]] is cuda.linear
+    assert set(packed.ON_GPU) == set(OPS.values())
