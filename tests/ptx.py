@@ -38,18 +38,18 @@ def _read(at: np.ndarray, exists: np.ndarray, count: int) -> list[Any]:
     return [_tensor(found[:, k].copy()) for k in range(count)]
 
 
-def load4(at: Any, exists: Any, even: Any, once: Any) -> tuple[Any, ...]:
-    here = _data(exists) if not _plain(even) else np.ones(len(_data(at)), bool)
+def load4(at: Any, exists: Any, all_exist: Any, once: Any) -> tuple[Any, ...]:
+    here = _data(exists) if not _plain(all_exist) else np.ones(len(_data(at)), bool)
     return tuple(_read(_data(at), here, 4))
 
 
-def load2(at: Any, exists: Any, even: Any) -> tuple[Any, ...]:
-    here = _data(exists) if not _plain(even) else np.ones(len(_data(at)), bool)
+def load2(at: Any, exists: Any, all_exist: Any) -> tuple[Any, ...]:
+    here = _data(exists) if not _plain(all_exist) else np.ones(len(_data(at)), bool)
     return tuple(_read(_data(at), here, 2))
 
 
-def load1(at: Any, exists: Any, even: Any) -> Any:
-    here = _data(exists) if not _plain(even) else np.ones(len(_data(at)), bool)
+def load1(at: Any, exists: Any, all_exist: Any) -> Any:
+    here = _data(exists) if not _plain(all_exist) else np.ones(len(_data(at)), bool)
     return _read(_data(at), here, 1)[0]
 
 

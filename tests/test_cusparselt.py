@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmfx.errors import NMError
 from nmfx.kernels import cusparselt
 from nmfx.kernels import semi_structured as semi
 
@@ -139,6 +140,15 @@ def test_multiply_fills_up_and_cuts(lib: StandIn, rows: int, into: int, out: int
         y = semi.multiply(input, compressed, compressed.new_empty(0), b, out)
         assert y.is_contiguous()
         torch.testing.assert_close(y, F.linear(input, weight, b), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("lib", "on_gpu")
+def test_too_few_bytes_are_refused() -> None:
+    x, compressed = whole(8, 32), torch.zeros(16, 36, dtype=torch.uint8)
+    meta = compressed[0, :0]
+    assert semi.multiply(x, compressed.repeat(1, 2), meta, None, 16).shape == (8, 16)
+    with pytest.raises(NMError, match=r"576 bytes are no compressed \(17, 32\) weight, which takes"):
+        semi.multiply(x, compressed, meta, None, 17)
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmfx.kernels import semi_structured as semi
@@ -38,7 +39,7 @@ def layer(
         return real(*args)
 
     monkeypatch.setitem(packed.ON_GPU, op, direct)
-    monkeypatch.setattr(packed, "_is_on_gpu", lambda input: type(input) is Tensor)
+    monkeypatch.setattr(packed, "_is_on_gpu", lambda input: True)
     if request.param == "packed":
         both = pack(weight, "2:4")
         yield lambda x: linear_nm(x, *both, None, 32, 64, 2, 4), weight, called, op
@@ -63,6 +64,56 @@ def test_a_call_that_nobody_looks_at_is_direct(layer: Any, shape: tuple[int, ...
         check(layer, x.clone().requires_grad_(), 2)
     with torch.inference_mode():
         check(layer, x, 3)
+
+
+def test_results_are_no_views_and_may_be_changed(layer: Any) -> None:
+    for shape in ((64,), (3, 64), (2, 3, 64)):
+        with torch.no_grad():
+            y = layer[0](torch.randn(shape).bfloat16())
+        assert not y._is_view()
+        y += torch.ones(32).bfloat16().requires_grad_()
+        assert y.requires_grad
+    assert len(layer[2]) == 3
+
+
+class Wrapped(Tensor):
+    """A tensor that torch's dispatcher asks how to compute with it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def unwrap(x: Any) -> Any:
+            return x.inner if isinstance(x, Wrapped) else x
+
+        return func(*map(unwrap, args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("which", ["input", "bias"])
+def test_classes_of_tensors_are_asked(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nm_project(torch.randn(32, 64).bfloat16(), "2:4", 1)
+    monkeypatch.setattr(packed, "_is_on_gpu", lambda input: True)
+    monkeypatch.setitem(packed.ON_GPU, OPS["packed"], None)  # fails if it is called
+    x, bias = torch.randn(3, 64).bfloat16(), torch.randn(32).bfloat16()
+    wanted = F.linear(x, weight, bias)
+    x, bias = (Wrapped(x), bias) if which == "input" else (x, Wrapped(bias))
+    found = linear_nm(x, *pack(weight, "2:4"), bias, 32, 64, 2, 4)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_graph_before_dispatch_holds_the_operator(layer: Any) -> None:
+    x = torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        graph = make_fx(layer[0], pre_dispatch=True)(x)
+    assert layer[3] in {node.target for node in graph.graph.nodes}
+    assert not layer[2]
 
 
 def test_gradients_go_through_torch(layer: Any) -> None:

@@ -325,6 +325,7 @@ def test_what_cusparselt_made_must_have_the_shape_that_torch_gives_it_here(
     monkeypatch.setattr(semi, "backend_of", lambda device: semi.CUSPARSELT)
     monkeypatch.setattr(semi, "format_of", lambda *args: "cuSPARSELt torch.bfloat16 702 for 9.0")
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(semi.cusparselt, "why_not", lambda: "torch's product, in this test")
     monkeypatch.setattr(torch, "_cslt_compress", lambda filled: filled.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(semi, "_MOST_ALGORITHMS", 1)

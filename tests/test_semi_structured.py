@@ -200,6 +200,7 @@ def test_shapes_are_filled_up(
 ) -> None:
     """torch's own shape functions, which meta tensors run, refuse what does not fit."""
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(semi.cusparselt, "why_not", lambda: "torch's product, in this test")
 
     def empty(*sizes: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -235,6 +236,7 @@ def test_cusparselt_is_called_as_it_wants(rows: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "_cslt_compress", lambda filled: filled.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(semi.cusparselt, "why_not", lambda: "torch's product, in this test")
     compressed, meta = semi.compress(w, semi.CUSPARSELT)
     assert meta.numel() == 0
     assert len(calls) == 1, "it was decompressed and compared"
@@ -309,6 +311,7 @@ def test_a_library_sees_contiguous_and_aligned_memory(
     )
     compressed, meta = semi.compress(w, semi.CUTLASS)
     monkeypatch.setattr(semi, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(semi.cusparselt, "why_not", lambda: "torch's product, in this test")
     if backend is semi.CUSPARSELT:
         meta = meta[:0]
     x = torch.zeros(8 * 64 + 1).bfloat16()[1:].view(8, 64)  # from an odd place on

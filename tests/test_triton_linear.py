@@ -145,6 +145,23 @@ def test_sparse_tensor_cores_take_inputs_at_any_address(pattern: str) -> None:
     )
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:8", "1:16"])
+@pytest.mark.parametrize("rows", [2, 9, 20, 40])
+def test_sparse_tensor_cores_of_few_outputs(
+    rows: int, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of other sizes, for a GPU that they do not fill."""
+    taken: list[dict[str, int]] = []
+    start = triton_packed._sparse
+    monkeypatch.setattr(
+        triton_packed, "_sparse", lambda *args: taken.append(args[5]) or start(*args)
+    )
+    monkeypatch.setattr(triton_packed, "_processors", lambda device: 132)
+    check(rows, 100, 2048 // int(pattern.split(":")[1]), pattern, torch.bfloat16, True, "relu")
+    n, m = map(int, pattern.split(":"))
+    assert taken == [triton_packed.sparse_constants(n, m, rows, True)]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_triton_unpacks_bit_for_bit(pattern: str, dtype: torch.dtype) -> None:

@@ -85,7 +85,7 @@ def of(*names: str) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_kernels_compile_without_spills(case: str, built: dict) -> None:
-    # One or two, at the edges of a loop, cost nothing.
+    # One or two are left where all registers are taken, outside of the loop.
     assert len(re.findall(r"\bSTL\b", built[case]["sass"])) <= 2, "registers are spilled"
 
 
@@ -103,7 +103,7 @@ def test_sparse_tensor_cores_multiply(case: str, built: dict) -> None:
 
 @pytest.mark.parametrize("case", of("sparse", "single"))
 def test_element_i_of_a_program_lies_in_thread_i(case: str, built: dict) -> None:
-    """What the PTX of `triton_sparse.py` relies on: every operand has this one layout."""
+    """What `triton_ptx.py` relies on: every operand has this one layout."""
     text, threads = built[case]["ttgir"], built[case]["threads"]
     operands = re.findall(r"tt\.elementwise_inline_asm.*? : (.*?) ->", text)
     assert operands

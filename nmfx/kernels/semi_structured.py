@@ -162,8 +162,8 @@ def compressed_shape(
 ) -> tuple[int, ...]:
     """The shape of what cuSPARSELt makes of an (out, into) weight here, as bytes.
 
-    It is torch's choice, and tells torch how many rows to multiply: with another one it may read
-    past the end. So it is looked at, on a weight of zeros.
+    It is torch's choice, and tells torch's product how many rows there are: with another one it may
+    read past the end. So it is looked at, on a weight of zeros.
     """
     zeros = torch.zeros(out, into, dtype=dtype, device=device)
     made = torch._cslt_compress(_filled(zeros, CUSPARSELT.out, CUSPARSELT.into))
@@ -269,7 +269,7 @@ def multiply(
         (rows, out), contiguous.
 
     Raises:
-        NMError: compressed by cuSPARSELt and no longer on a GPU.
+        NMError: compressed by cuSPARSELt and no longer on a GPU, or too few bytes for the sizes.
     """
     rows, into = input.shape
     if not _on_gpu(input):
@@ -287,6 +287,12 @@ def multiply(
     if bias is not None:
         bias = F.pad(bias, (0, -out % backend.out)) if out % backend.out else _aligned(bias)
     if backend is CUSPARSELT and cusparselt.why_not() is None:
+        least = compressed_bytes(out, into, backend)
+        if compressed.numel() < least:  # it would be read past its end
+            raise NMError(
+                f"{compressed.numel()} bytes are no compressed ({out}, {into}) weight, which takes "
+                f"{least}"
+            )
         filled = out + -out % backend.out
         y = cusparselt.product(x, compressed, bias, filled, algorithm)
         return y if filled == out and x.shape[0] == rows else y[:rows, :out].contiguous()

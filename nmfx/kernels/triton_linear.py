@@ -3,9 +3,9 @@
 A program of `gather` computes 16 outputs of up to 8 rows, over one part of the columns: every kept
 weight fetches its activations by address. Where one part is enough it finishes them itself; else
 `finish` adds the parts in order, so results do not depend on which program comes first.
-`unpack` writes the dense weight for a product with many rows. For 2:4 and 1:4 there is a faster
-way, in `triton_sparse.py`; a third, which made dense tiles of groups in registers for tensor cores,
-was slower than dense on an H200 and is gone.
+`unpack` writes the dense weight for a product with many rows. For 2:4, and for one of 4, 8 or 16,
+there are faster ways, in `triton_sparse.py` and `triton_single.py`; another, which made dense tiles
+of groups in registers for tensor cores, was slower than dense on an H200 and is gone.
 """
 
 import triton

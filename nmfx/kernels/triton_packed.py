@@ -47,8 +47,8 @@ def status(device: torch.device) -> str:
         return f"packed layers are unpacked at every call: {reason}"
     return (
         f"packed layers run Triton kernels for up to {_GATHERED_ROWS} rows (2:4, 1:4, 1:8 and 1:16 "
-        f"of 16 bits for up to {_SPARSE_ROWS}, on sparse tensor cores), and are unpacked at every "
-        f"call for more"
+        f"of 16 bits for up to {_SPARSE_ROWS}, on sparse tensor cores, but 1:16 of one row), and "
+        f"are unpacked at every call for more"
     )
 
 
@@ -161,8 +161,12 @@ _SIZES = {
     ("1:M", 8): ((1, 8, 1), (1, 4, 1)),
 }
 
-# Warps of a GPU's processor that parts may fill, by tiles of 8 rows.
-_PART_WARPS = {1: 32, 2: 24, 4: 16, 8: 8}
+# Warps of a GPU's processor that parts may fill, by tiles of 8 rows, so that there are as many
+# parts as were fastest in the same sweep: one, but for 32 and 64 rows of 2:4.
+_PART_WARPS = {
+    "2:4": {1: 32, 2: 24, 4: 16, 8: 8},
+    "1:M": {1: 24, 2: 24, 4: 8, 8: 8},
+}
 
 
 def gather_constants(n: int, m: int, rows: int) -> dict[str, int]:
@@ -194,9 +198,9 @@ def _sparse(
     warps = sizes["WARPS"]
     while warps > 4 and warps > words:
         warps //= 2
-    per_processor = _PART_WARPS[sizes["TILES"]]
+    per_processor = _PART_WARPS["2:4" if "PAIRS" in sizes else "1:M"][sizes["TILES"]]
     parts, per_part = _parts(tiles * warps, words, warps, per_processor, values.device)
-    # Outputs that only fill up a block have no legal metadata.
+    # Outputs that only fill up a block have no legal metadata in `sparse`.
     per_word = 8 if sizes.get("M", 4) > 4 else 16
     even = slots == per_word * words and words % warps == 0 and out.shape[1] % 16 == 0
     end = _Ending(out, bias, activation, parts, 8 * sizes["TILES"])
@@ -279,7 +283,7 @@ def _parts(
 ) -> tuple[int, int]:
     """(into how many parts a sum over `length` is cut, a multiple of `step` that each has).
 
-    Parts cost another kernel, about 2 us, so they are only for products whose `warps` are less than
+    Parts cost another kernel, about 2 us, so they are only for products whose `warps` are at most
     half of `per_processor` on all of them.
     """
     wanted = max(1, min(4, per_processor * _processors(device) // max(1, warps)))

@@ -63,19 +63,18 @@ def single(
     word = part * per_part + warp
     if STAGES == 2:
         ready = _fetch(
-            at_values, at_index, word, end, slots, x, stride, rows, g, t, columns,
-            M, TILES, EVEN, False,
+            at_values, at_index, word, end, slots, x, stride, rows, g, t, M, TILES, EVEN, False,
         )  # fmt: skip
     for _ in range(part * per_part, end, WARPS):
         if STAGES == 2:
             found = ready
             ready = _fetch(
-                at_values, at_index, word + WARPS, end, slots, x, stride, rows, g, t, columns,
+                at_values, at_index, word + WARPS, end, slots, x, stride, rows, g, t,
                 M, TILES, EVEN, False,
             )  # fmt: skip
         else:
             found = _fetch(
-                at_values, at_index, word, end, slots, x, stride, rows, g, t, columns,
+                at_values, at_index, word, end, slots, x, stride, rows, g, t,
                 M, TILES, EVEN, EVEN,
             )  # fmt: skip
         total = _add(total, found, t, M, TILES, BF16)
@@ -85,7 +84,7 @@ def single(
 
 @triton.jit
 def _fetch(
-    at_values, at_index, word, end, slots, x, stride, rows, g, t, columns,
+    at_values, at_index, word, end, slots, x, stride, rows, g, t,
     M: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """What a thread reads of a word, as registers; EVEN and ALL as in `triton_sparse.py`.

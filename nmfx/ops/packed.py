@@ -56,20 +56,30 @@ def run_op(
         return reference(*args)
     if torch.compiler.is_compiling() or _needs_autograd(input, values, bias):
         return op(*args)
-    direct = ON_GPU.get(op)
-    if direct is not None and _is_on_gpu(input) and not torch._C._autograd._profiler_enabled():
-        return direct(*args)
+    call = ON_GPU.get(op)
+    if call is None or not (_is_on_gpu(input) and _nobody_looks(args[:4])):
+        call = op
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return op(*args)
+        return call(*args)
 
 
 # Operators and what torch's dispatcher calls for them on a GPU, if that is Python.
 ON_GPU: dict[Any, Callable[..., Tensor]] = {}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of tracers that `_needs_autograd` does not see
 
 
 def _is_on_gpu(input: Tensor) -> bool:
-    """Whether it is there, and a tensor that no class of its own looks after."""
-    return input.is_cuda and (type(input) is Tensor or type(input) is torch.nn.Parameter)
+    return input.is_cuda
+
+
+def _nobody_looks(tensors: tuple[Any, ...]) -> bool:
+    """Whether no profiler, no tracer and no class of the tensors waits for the operator's call."""
+    plain = Tensor, torch.nn.Parameter, type(None)
+    return (
+        all(type(tensor) in plain for tensor in tensors)
+        and not torch._C._autograd._profiler_enabled()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
 
 
 def _needs_autograd(input: Tensor, values: Tensor, bias: Tensor | None) -> bool:
