@@ -147,7 +147,7 @@ def test_too_few_bytes_are_refused() -> None:
     x, compressed = whole(8, 32), torch.zeros(16, 36, dtype=torch.uint8)
     meta = compressed[0, :0]
     assert semi.multiply(x, compressed.repeat(1, 2), meta, None, 16).shape == (8, 16)
-    with pytest.raises(NMError, match=r"576 bytes are no compressed \(17, 32\) weight, which takes"):
+    with pytest.raises(NMError, match=r"576 bytes are no compressed \(17, 32\) weight"):
         semi.multiply(x, compressed, meta, None, 17)
 
 
