@@ -123,6 +123,7 @@ def test_gradients_go_through_torch(layer: Any) -> None:
     torch.testing.assert_close(x.grad, torch.ones(3, 32).bfloat16() @ layer[1])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch 2.11, about its own profiler
 def test_a_profile_shows_the_operator(layer: Any) -> None:
     x = torch.randn(3, 64).bfloat16()
     with torch.profiler.profile() as profile, torch.no_grad():
