@@ -64,14 +64,22 @@ def _parse_call(call: Any) -> list[Call]:
 def evaluation_mode(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     """Runs the block in eval mode without gradients, if there are calls; modes are restored."""
     training = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, mode in training:
+            module.training = mode
+
     try:
         if calls:
             model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        try:
+            restore()
+        except BaseException:  # Ctrl-C in it: all of it again
+            restore()
+            raise
 
 
 def kept_random_state() -> AbstractContextManager[None]:
