@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture.forms import forms_of, packed_names
 from .capture.holder import move_state
 from .capture.install import check_classes
 from .capture.refs import iter_sites
@@ -113,7 +114,9 @@ def _read(source: Source) -> tuple[Spec | None, dict[str, Tensor]]:
         spec = read_spec(source)
         if spec is None:
             return None, dict(source.read())
-        tensors = dict(source.read(spec.tensors))
+        packed = (n for n, its in spec.layers.items() if "packed" in forms_of(its.state))
+        names = {key for name in packed for key in packed_names(name)}
+        tensors = dict(source.read(spec.tensors, {spec.aliases.get(name, name) for name in names}))
         check_content(spec, tensors)
     except NMError as error:
         text = str(error)

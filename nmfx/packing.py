@@ -47,8 +47,9 @@ from .pattern import MAX_M, Pattern, PatternLike
 BLOCK = 16  # rows of a block
 _LINES = 16  # that `detect_pattern` looks at first: of 4096 columns 1024 groups of the largest M
 # Elements that it looks at together: what is made of them stays in the cache. 2:4 in 4096 x 11008,
-# float32, takes one thread of an AMD EPYC 90 ms so, and 530 ms all at once.
+# float32, takes one thread of an AMD EPYC 90 ms so, and 530 ms all at once. `check_packed` too.
 _PART = 2**19
+_PADDED = "the rows after the last of {} in a packed weight are not 0"
 
 Shape = tuple[int, int, int]
 
@@ -277,14 +278,26 @@ def check_packed(values: Tensor, index: Tensor, rows: int, cols: int, pattern: P
             f"a packed weight with {rows} rows, {cols} columns and {pattern} has shapes "
             f"{expected[0]} and {expected[1]}, got {tuple(values.shape)} and {tuple(index.shape)}"
         )
+    slots = values.shape[1]
+    padding = rows - values.shape[0] * BLOCK
+    if padding and as_bits(values)[-1, :, padding:].any():
+        raise NMError(_PADDED.format(rows))
+    blocks = max(1, _PART // (max(slots, 1) * BLOCK))
+    for i, part in enumerate(index.split(blocks)):
+        here = min(rows - i * blocks * BLOCK, part.shape[0] * BLOCK)
+        _check_index(part, slots, here, rows, pattern)
+
+
+def _check_index(index: Tensor, slots: int, here: int, rows: int, pattern: Pattern) -> None:
+    """Checks some blocks of an index, which hold `here` of `rows` rows."""
     bits = index_bits(pattern.m)
-    fields = _unpack_fields(index, values.shape[1], bits)
+    fields = _unpack_fields(index, slots, bits)
     if not torch.equal(_pack_fields(fields, bits), index):
         raise NMError("the bits after the last field of a packed index are not 0")
-    padding = rows - values.shape[0] * BLOCK
-    if padding and (fields[-1, :, padding:].any() or as_bits(values)[-1, :, padding:].any()):
-        raise NMError(f"the rows after the last of {rows} in a packed weight are not 0")
-    flat = _from_blocks(fields, rows).unflatten(1, (-1, pattern.n)) if fields.numel() else fields
+    padding = here - index.shape[0] * BLOCK
+    if padding and fields[-1, :, padding:].any():
+        raise NMError(_PADDED.format(rows))
+    flat = _from_blocks(fields, here).unflatten(1, (-1, pattern.n)) if fields.numel() else fields
     if (flat >= pattern.m).any():
         raise NMError(f"a packed index is {int(flat.max())}, outside its group of {pattern.m}")
     if (flat[..., 1:] <= flat[..., :-1]).any():

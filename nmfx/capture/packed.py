@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NMError
+from ..huge_pages import huge_cat, huge_copy
 from ..kernels import semi_structured
 from ..mask import same_values
 from ..packing import (
@@ -41,17 +42,18 @@ def pack_weight(weight: Tensor, dim: int, groups: int, pattern: Pattern) -> tupl
     weight = weight.detach()
     if dim == 2 and weight.shape[1] % BLOCK == 0:  # one by one: packing takes memory
         parts = [pack_weight(matrix, 1, 1, pattern) for matrix in weight]
-        values, index = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        values, index = (huge_cat(tensors) for tensors in zip(*parts, strict=True))
         return values, index
-    packed = (
+    values, index = (
         pack(as_matrix(weight, dim), pattern)
         if weight.ndim == 2 or dim == 2
         else pack_conv(weight, groups, pattern)
     )
-    again = unpack_weight(*packed, tuple(weight.shape), dim, groups, pattern)
+    again = unpack_weight(values, index, tuple(weight.shape), dim, groups, pattern)
     if not same_values(again, weight):
         raise AssertionError("packing is not exact, please report this")
-    return packed
+    del again
+    return huge_copy(values), huge_copy(index)
 
 
 def unpack_weight(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import NMError
+from ..huge_pages import huge_copy
 from .digests import sha256_of
 from .place import INDEX, KEY, KEY_DIGEST, SUFFIX, Place, place_of
 from .spec import Stored, digest
@@ -33,26 +34,33 @@ class Source:
     files: Mapping[str, Path]
     spec: str | None
 
-    def read(self, stored: Mapping[str, Stored] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, stored: Mapping[str, Stored] | None = None, huge: Container[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """All tensors, file by file, in memory of their own.
 
         Args:
             stored: what each must be; None to take them as they are.
+            huge: the names of those that go into huge pages.
 
         Raises:
             NMError: a file that is damaged, or a tensor that is not what `stored` says.
         """
         for path in dict.fromkeys(self.files.values()):
-            yield from self.read_file(path, stored)
+            yield from self.read_file(path, stored, huge)
 
     def read_file(
-        self, path: Path, stored: Mapping[str, Stored] | None = None
+        self,
+        path: Path,
+        stored: Mapping[str, Stored] | None = None,
+        huge: Container[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
         """The same for one of the files."""
         with _opened(path) as file:
             for name in [name for name, its in self.files.items() if its == path]:
                 with _damaged(path):
-                    tensor = file.get_tensor(name).clone()
+                    tensor = file.get_tensor(name)  # mapped from the file
+                    tensor = huge_copy(tensor) if name in huge else tensor.clone()
                 if stored is not None:
                     _check(f"{path}: {name}", tensor, stored[name])
                 yield name, tensor

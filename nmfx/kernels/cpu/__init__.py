@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ... import huge_pages
 from ...errors import NMError
 
 LIBRARY = Path(__file__).parent / "_native.so"
@@ -93,4 +94,6 @@ def status() -> str:
     """One line for reports: which kernels packed layers run on CPU, and why."""
     if reason := why_not():
         return f"packed layers run in plain torch, slower than dense: {reason}"
-    return f"packed layers run native {isa()} kernels"
+    reason = huge_pages.why_not()
+    without = f", their weights without huge pages: {reason}" if reason else ""
+    return f"packed layers run native {isa()} kernels{without}"
