@@ -27,10 +27,14 @@ bool may_use_tiles() {
 #endif
 
 #if defined(__x86_64__)
-// AMD before Zen 4 (families 17 and 18, and 19 with these models), see isa_avx2.cpp.
+bool is_amd() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+}
+
+// Families 17 and 18, and 19 with these models, see isa_avx2.cpp.
 bool is_before_zen4() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) return false;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
   const unsigned family = (a >> 8 & 15) + (a >> 20 & 255), model = (a >> 4 & 15) | (a >> 12 & 0xf0);
   return family < 0x19 || (family == 0x19 && (model < 0x10 || (model >= 0x20 && model < 0x60)));
@@ -65,7 +69,10 @@ const Isa* const kBestFirst[] = {
 
 const Isa* tuned(const Isa* isa) {
 #if defined(__x86_64__)
+  if (!is_amd()) return isa;
   if (isa == &isa_avx2 && is_before_zen4()) return &isa_avx2_zen3;
+  if (isa == &isa_avx512) return &isa_avx512_amd;
+  if (isa == &isa_avx512_bf16) return &isa_avx512_bf16_amd;
 #endif
   return isa;
 }

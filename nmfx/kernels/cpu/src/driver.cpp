@@ -13,7 +13,7 @@ struct Job {
   const Isa* isa;
   Tile tile;
   void* x;  // prepared activations of the few-rows kernel
-  int64_t ldx;
+  int64_t units, units_per_tile;  // of the few-rows kernel
   int64_t tiles, positions_per_tile, ranges, blocks_per_range;
   bool failed;
 };
@@ -27,7 +27,7 @@ thread_local Scratch scratch;
 // --- few rows ------------------------------------------------------------------------------------
 
 bool takes_few(const Call& c, const Isa& isa) {
-  if (!isa.few_rows || c.input.is_conv || !isa.has_few(c.weight.n, c.weight.m, c.weight.dtype))
+  if (!isa.few_tile || c.input.is_conv || !isa.has_few(c.weight.n, c.weight.m, c.weight.dtype))
     return false;
   const int* from = isa.panel_from[c.weight.dtype == DType::bf16];
   const int column = c.weight.m <= 4 ? 0 : c.weight.m <= 8 ? 1 : 2;
@@ -41,16 +41,16 @@ void few_body(int64_t begin, int64_t end, void* context) {
   for (int64_t i = begin; i < end;) {  // item i: tile i / blocks, block i % blocks
     int64_t tile = i / c.weight.blocks, b0 = i % c.weight.blocks;
     int64_t b1 = at_most(c.weight.blocks, b0 + end - i);
-    int64_t p0 = tile * job.positions_per_tile;
-    int64_t p1 = at_most(c.input.positions, p0 + job.positions_per_tile);
-    job.isa->few(c, job.x, job.ldx, p0, p1, b0, b1);
+    int64_t u0 = tile * job.units_per_tile;
+    int64_t u1 = at_most(job.units, u0 + job.units_per_tile);
+    job.isa->few(c, job.x, u0, u1, b0, b1);
     i += b1 - b0;
   }
 }
 
 void few_input_body(int64_t begin, int64_t end, void* context) {
   Job& job = *static_cast<Job*>(context);
-  job.isa->few_input(*job.call, job.x, job.ldx, begin, end);
+  job.isa->few_input(*job.call, job.x, begin, end);
 }
 
 // Activations that pass over a block stay in a second-level cache of 2 MB; there are that many
@@ -61,15 +61,17 @@ bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
   Job job = {};
   job.call = &c;
   job.isa = &isa;
-  job.ldx = c.weight.columns + 64;
-  const int64_t row_bytes = c.weight.columns * 2;
+  const int64_t row_bytes = c.weight.columns * 2, positions = c.input.positions;
   const int64_t fit = row_bytes ? kFewInput / row_bytes / 32 * 32 : isa.few_tile;
-  job.positions_per_tile = at_most(isa.few_tile, fit < 64 ? 64 : fit);
-  job.x = scratch.floats(c.input.positions * job.ldx);
+  int64_t tile = at_most(isa.few_tile, fit < 64 ? 64 : fit);
+  job.units = isa.few_units ? isa.few_units(c) : positions;
+  const int64_t unit = ceil_div(positions, job.units);
+  job.units_per_tile = tile / unit;
+  job.x = scratch.floats(positions * (c.weight.columns + kFewRoom));
   if (!job.x) return false;
-  int64_t work = c.weight.slots * kBlock * c.input.positions;  // of one block, in multiply-adds
-  parallel_for(0, c.input.positions, 16, few_input_body, &job);
-  int64_t items = ceil_div(c.input.positions, job.positions_per_tile) * c.weight.blocks;
+  int64_t work = c.weight.slots * kBlock * positions;  // of one block, in multiply-adds
+  parallel_for(0, job.units, ceil_div(16, unit), few_input_body, &job);
+  int64_t items = ceil_div(job.units, job.units_per_tile) * c.weight.blocks;
   parallel_for(0, items, ceil_div(32768, work + 1), few_body, &job);
   scratch.done();
   return true;

@@ -5,6 +5,8 @@
 
 #include "kernel.h"
 
+#define NMFX_UNROLL _Pragma("GCC unroll 16")
+
 namespace nmfx {
 namespace {
 

@@ -1,4 +1,4 @@
-// The few-rows kernel: lane = output row, so a kept weight finds its activation by a permutation
+// The few-rows kernel of AVX2: lane = output row, so a kept weight finds its activation by a permutation
 // of its group, and nothing is summed across lanes.
 //
 //   index word  | field 15 .. 3 1 | field 14 .. 2 0 |   one word per lane, 2:4: 16 fields
@@ -7,12 +7,12 @@
 // Weights stream once: each block of 16 output rows is cut into runs of words that stay in the
 // first-level cache while all activation rows pass over them.
 //
-// Included by one file per instruction set, which defines the struct V:
+// Included by isa_avx2.cpp, which defines the struct V:
 //   F, Ints          a vector of kLanes floats, of kLanes 32-bit integers
 //   kHalves          vectors per block of 16
 //   kRegisters       vectors that the CPU holds
 //   kRows            rows of activations in one pass; up to kWholeRows of them take whole blocks
-//   kAhead, kIndexAhead  bytes that two streams ask for ahead, of values and index (-1: not at all)
+//   kAhead, kIndexAhead  bytes that two streams ask for ahead, of values and index
 //   load/store/zero/fma, load_values(const T*), load_index, shift<..>
 //   Window<M>, window<M>(x), permute<M>(window, fields)
 #pragma once
@@ -20,8 +20,6 @@
 
 namespace nmfx {
 namespace {
-
-#define NMFX_UNROLL _Pragma("GCC unroll 16")
 
 template <int N, int M>
 struct Steps {  // a step is the least number of groups with an even number of slots
@@ -170,13 +168,15 @@ inline void few_store(const Call& c, float* sums, int64_t p0, int64_t rows, int6
   }
 }
 
+// Floats from one row of activations to the next: it is zero for 64 columns past the last.
+inline int64_t few_stride(const Call& c) { return c.weight.columns + 64; }
+
 constexpr int kFewTile = 64;  // rows whose sums are kept beside a block
 
-// Whether many rows pass over two blocks at once. With AVX2 and groups of 4 a pass has 8 rows of
-// one block instead, see few_blocks; with AVX-512 16 rows of 2:4 took 4.7 ms of one block at a
-// time, those of 4:8, in pairs, 3.8 (Intel Xeon, 4096 x 4096).
+// Whether many rows pass over two blocks at once. With groups of 4 a pass has 8 rows of one block
+// instead, see few_blocks.
 template <int M>
-constexpr bool kPairs = M > 4 || V::kWholeRows == V::kRows;
+constexpr bool kPairs = M > 4;
 
 // Blocks b and, with STREAMS == 2, b + gap, for rows [p0, p1) in passes of R.
 template <int N, int M, int R, int STREAMS, class T>
@@ -223,9 +223,9 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
 // faster so, against two: fp32 2:4 2.2 / 1.6 at 1 row, 2.6 / 1.7 at 4, no gain at 8; 2:8 2.1 / 1.3
 // at 4, 3.4 / 2.8 at 8; bf16 2:4 1.0 / 0.8 at 1, 2.0 / 1.9 at 4.
 template <int N, int M, class T>
-void few_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-                int64_t b1) {
+void few_blocks(const Call& c, const void* input, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
   const float* x = static_cast<const float*>(input);
+  const int64_t ldx = few_stride(c);
   const bool whole = p1 - p0 <= V::kWholeRows;
   const int64_t half = (b1 - b0) / 2;
   constexpr int R = M == 4 ? V::kRows : V::kWholeRows;  // where permuting costs more than loading
@@ -236,7 +236,7 @@ void few_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64
   for (b += b - b0; b < b1; b++) few_streams<N, M, R, 1, T>(c, x, ldx, p0, p1, b, 0);
 }
 
-using FewKernel = void (*)(const Call&, const void*, int64_t, int64_t, int64_t, int64_t, int64_t);
+using FewKernel = void (*)(const Call&, const void*, int64_t, int64_t, int64_t, int64_t);
 
 template <class T>
 FewKernel few_of(int n, int m) {
@@ -261,12 +261,12 @@ FewKernel few_kernel(int n, int m, DType dtype) {
 
 bool has_few(int n, int m, DType dtype) { return few_kernel(n, m, dtype) != nullptr; }
 
-void few(const Call& c, const void* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-         int64_t b1) {
-  few_kernel(c.weight.n, c.weight.m, c.weight.dtype)(c, x, ldx, p0, p1, b0, b1);
+void few(const Call& c, const void* x, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+  few_kernel(c.weight.n, c.weight.m, c.weight.dtype)(c, x, p0, p1, b0, b1);
 }
 
-void few_input(const Call& c, void* x, int64_t ldx, int64_t p0, int64_t p1) {
+void few_input(const Call& c, void* x, int64_t p0, int64_t p1) {
+  const int64_t ldx = few_stride(c);
   float* rows = static_cast<float*>(x);
   for (int64_t p = p0; p < p1; p++) {
     to_floats(c.input.data, p * c.input.row_stride, c.weight.columns, c.input.dtype,

@@ -11,8 +11,9 @@
 //
 // A zero times an infinite activation is NaN, where the other kernels skip the zero. Rows with
 // activations that are not finite are therefore computed again, one by one.
-#include "masks.h"
+#include "epilogue.h"
 #include "isa_avx512.h"
+#include "masks.h"
 
 namespace nmfx {
 namespace {
@@ -437,14 +438,17 @@ bool takes_tiles(const Call& c) {
   return w.dtype == DType::bf16 && w.slots > 0 && c.input.positions * w.n >= w.m;
 }
 
-void few_or_tiles(const Call& c, const void* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-                  int64_t b1) {
-  if (!takes_tiles(c)) return isa_avx512_bf16.few(c, x, ldx, p0, p1, b0, b1);
+int64_t units(const Call& c) {
+  return takes_tiles(c) ? c.input.positions : isa_avx512_bf16.few_units(c);
+}
+
+void few_or_tiles(const Call& c, const void* x, int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+  if (!takes_tiles(c)) return isa_avx512_bf16.few(c, x, p0, p1, b0, b1);
   tile_kernel(c.weight.n, c.weight.m)(c, static_cast<const uint16_t*>(x), p0, p1, b0, b1);
 }
 
-void input_for_tiles(const Call& c, void* x, int64_t ldx, int64_t p0, int64_t p1) {
-  if (!takes_tiles(c)) return isa_avx512_bf16.few_input(c, x, ldx, p0, p1);
+void input_for_tiles(const Call& c, void* x, int64_t p0, int64_t p1) {
+  if (!takes_tiles(c)) return isa_avx512_bf16.few_input(c, x, p0, p1);
   const Rows rows(c);
   uint16_t* out = static_cast<uint16_t*>(x);
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
@@ -476,11 +480,10 @@ int64_t panels_scratch(const Call& c, const Tile& tile, int64_t blocks) {
 const Isa isa_amx_bf16 = {"amx_bf16",
                           V::kLanes,
                           8,
-                          V::kRows,
                           kMostRows,
-                          true,
                           {{33, 33, 33}, {1 << 30, 1 << 30, 1 << 30}},
                           has_kernel,
+                          units,
                           few_or_tiles,
                           input_for_tiles,
                           panels,

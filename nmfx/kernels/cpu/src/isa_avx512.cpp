@@ -1,23 +1,92 @@
 // AVX-512 without a bf16 dot product: bf16 weights are widened to floats.
-#include "masks.h"
 #include "isa_avx512.h"
+#include "masks.h"
+#include "panel.h"
+#include "windows.h"
 
 namespace nmfx {
+namespace {
 
-// Crossings: Intel Xeon (AVX-512), 4096 x 4096 from memory, one thread, few / panel in ms: 2:4 at
-// 32 rows 5.3 / 6.3, at 48 rows 7.7 / 7.5, at 64 rows 10.3 / 9.2; 1:4 at 48 rows 4.3 / 3.9; 1:16 at
-// 48 rows 1.31 / 1.44, at 64 rows 1.87 / 1.53. Of one Xeon; no AMD CPU with AVX-512 was at hand.
-const Isa isa_avx512 = {"avx512",
-                        V::kLanes,
-                        8,
-                        V::kRows,
-                        kFewTile,
-                        false,
-                        {{33, 33, 33}, {33, 33, 33}},
-                        has_few,
-                        few,
-                        few_input,
-                        panel,
-                        panel_scratch, &masks_avx512};
+// Products of single slots, of type VALUE, with floats.
+template <class VALUE>
+struct Floats {
+  using Value = VALUE;
+  using Element = float;
+  using Values = __m512;
+  static constexpr int kWidth = 16, kUnit = 1, kLine = 4 / sizeof(VALUE);
+
+  static Values values(const VALUE* p) { return V::load_values(p); }
+  template <int N, int M>
+  static __m512i index(__m512i word, int slot, int in_window) {
+    const __m512i field = _mm512_srli_epi32(word, unsigned(field_shift(slot, field_bits(M))));
+    if (M == kWidth) return field;  // the permutation reads the lowest 4 bits
+    constexpr int kAndOr = 0xea;  // (field & last) | start of the group
+    return _mm512_ternarylogic_epi32(field, _mm512_set1_epi32(M - 1),
+                                     _mm512_set1_epi32(in_window / N * M), kAndOr);
+  }
+  template <int W>
+  static __m512 window(const float* x) {
+    static_assert(W == kWidth, "every word has as many columns");
+    return _mm512_loadu_ps(x);
+  }
+  static __m512 fma(Values values, __m512 window, __m512i index, __m512 sum) {
+    return _mm512_fmadd_ps(values, _mm512_permutexvar_ps(index, window), sum);
+  }
+  static __m512 fma_last(const VALUE* p, __m512 window, __m512i index, __m512 sum) {
+    return fma(values(p), window, index, sum);
+  }
+  // W columns of which `left` are there, the others zero.
+  template <int W>
+  static void copy(const Input& in, int64_t from, int64_t left, float* out) {
+    const __mmask16 there = V::first_lanes(left);
+    if (in.dtype == DType::f32) {
+      const float* row = static_cast<const float*>(in.data) + from;
+      _mm512_storeu_ps(out, _mm512_maskz_loadu_ps(there, row));
+    } else {
+      const uint16_t* row = static_cast<const uint16_t*>(in.data) + from;
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row));
+      _mm512_storeu_si512(static_cast<void*>(out), _mm512_slli_epi32(wide, 16));
+    }
+  }
+};
+
+WindowKernel kernel(int n, int m, DType dtype) {
+  if (dtype == DType::f16) return {nullptr, nullptr};
+  return dtype == DType::f32 ? window_kernel<Floats<float>>(n, m)
+                             : window_kernel<Floats<uint16_t>>(n, m);
+}
+bool has_few(int n, int m, DType dtype) { return kernel(n, m, dtype).run != nullptr; }
+void few(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
+  kernel(c.weight.n, c.weight.m, c.weight.dtype).run(c, x, u0, u1, b0, b1);
+}
+void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
+  kernel(c.weight.n, c.weight.m, c.weight.dtype).prepare(c, x, u0, u1);
+}
+
+// Crossings, 4096 x 4096 from memory, one thread, few / panel in ms.
+//
+// Intel Xeon, with an earlier few-rows kernel: 2:4 at 32 rows 5.3 / 6.3, at 48 rows 7.7 / 7.5, at 64
+// rows 10.3 / 9.2; 1:4 at 48 rows 4.3 / 3.9; 1:16 at 48 rows 1.31 / 1.44, at 64 rows 1.87 / 1.53.
+//
+// AMD EPYC (Zen 5): none. 2:4 at 512 rows 53.7 / 56.1, 1:4 29.3 / 32.3, 1:16 10.3 / 12.0.
+constexpr Isa with(int panel_from) {
+  return {"avx512",
+          V::kLanes,
+          8,
+          kWindowTile,
+          {{panel_from, panel_from, panel_from}, {panel_from, panel_from, panel_from}},
+          has_few,
+          passes_of,
+          few,
+          few_input,
+          panel,
+          panel_scratch,
+          &masks_avx512};
+}
+
+}  // namespace
+
+const Isa isa_avx512 = with(33);
+const Isa isa_avx512_amd = with(1 << 30);
 
 }  // namespace nmfx

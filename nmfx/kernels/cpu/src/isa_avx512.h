@@ -1,21 +1,15 @@
-// AVX-512 (F, BW, VL, DQ): sixteen lanes, one vector per block. Included by the file with and the
-// file without the bf16 dot product.
+// AVX-512 (F, BW, VL, DQ): sixteen lanes, one vector per block. Included by the files with and
+// without the bf16 dot product.
 #pragma once
 #include "transpose_avx.h"
 
 namespace nmfx {
 namespace {
 
-template <int M>
-struct Window512 {
-  __m512 part;
-};
-
 struct V {
   using F = __m512;
   using Ints = __m512i;
-  static constexpr int kLanes = 16, kRegisters = 32, kHalves = 1, kRows = 8, kWholeRows = 8;
-  static constexpr int64_t kAhead = 1024, kIndexAhead = -1;
+  static constexpr int kLanes = 16, kRegisters = 32;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
@@ -35,31 +29,9 @@ struct V {
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  static float one(const float* p) { return *p; }
-  static float one(const uint16_t* p) { return from_bf16(*p); }
-
   static Ints load_index(const uint32_t* p) {
     return _mm512_loadu_si512(reinterpret_cast<const void*>(p));
   }
-  template <int BITS>
-  static Ints shift(Ints v) {
-    return _mm512_srli_epi32(v, BITS);
-  }
-
-  // A group is repeated over the vector, so the bits above a field, which are the next fields',
-  // choose between equal copies.
-  template <int M>
-  static Window512<M> window(const float* x) {
-    if constexpr (M == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(x))};
-    if constexpr (M == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(x))};
-    return {_mm512_loadu_ps(x)};
-  }
-  template <int M>
-  static F permute(const Window512<M>& w, Ints field) {
-    if constexpr (M == 4) return _mm512_permutevar_ps(w.part, field);
-    return _mm512_permutexvar_ps(field, w.part);
-  }
-
   // out[lane] = start + ((index[lane] >> shift) & (2^BITS - 1)) * STEP
   template <int BITS, int STEP>
   static void offsets(const uint32_t* index, int shift, int32_t start, int32_t* out) {
@@ -114,6 +86,3 @@ struct V {
 
 }  // namespace
 }  // namespace nmfx
-
-#include "few.h"
-#include "panel.h"

@@ -1,193 +1,109 @@
 // AVX-512 with the bf16 dot product, for bf16 weights and few rows; the rest is as in AVX-512.
 //
 // A lane of 32 bits is two consecutive kept values of one output row, and one 16-bit permutation
-// finds both activations:
+// finds both activations in a window of 32 columns:
 //
 //   values   slot 2j   a0 a1 .. a15       interleaved   a0 b0 a1 b1 .. a15 b15
 //            slot 2j+1 b0 b1 .. b15
 //   index    low half of a lane: field 2j, high half: field 2j+1
-//   sums[lane] += a * permute(x)[2 lane] + b * permute(x)[2 lane + 1]
+//   sums[lane] += a * permute(window)[2 lane] + b * permute(window)[2 lane + 1]
 //
-// With an odd N the pair spans two groups: the window is 2M wide and the high half adds M.
-#include "masks.h"
+// With an odd N the two are of different groups.
 #include "isa_avx512.h"
+#include "masks.h"
+#include "windows.h"
 
 namespace nmfx {
 namespace {
 
-template <int WIDTH>
-inline __m512i window_bf16(const uint16_t* x) {
-  if constexpr (WIDTH == 4) {
-    int64_t four;
-    memcpy(&four, x, 8);
-    return _mm512_set1_epi64(four);
+struct Dot {
+  using Value = uint16_t;
+  using Element = uint16_t;
+  using Values = __m512i;
+  static constexpr int kWidth = 32, kUnit = 2, kLine = 2;
+
+  static Values values(const uint16_t* p) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder),
+                                    _mm512_loadu_si512(static_cast<const void*>(p)));
   }
-  if constexpr (WIDTH == 8)
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  if constexpr (WIDTH == 16)
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-  return _mm512_loadu_si512(reinterpret_cast<const void*>(x));
+  template <int N, int M>
+  static __m512i index(__m512i word, int slot, int in_window) {
+    const __m512i fields = _mm512_srli_epi32(word, unsigned(field_bits(M) * slot / 2));
+    const int first = in_window / N * M, second = (in_window + 1) / N * M;
+    constexpr int kAndOr = 0xea;  // (field & last) | start of the group
+    return _mm512_ternarylogic_epi32(fields, _mm512_set1_epi32((M - 1) << 16 | (M - 1)),
+                                     _mm512_set1_epi32(second << 16 | first), kAndOr);
+  }
+  template <int W>
+  static __m512i window(const uint16_t* x) {
+    if constexpr (W == 32) return _mm512_loadu_si512(static_cast<const void*>(x));
+    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
+  static __m512 fma(Values values, __m512i window, __m512i index, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)values,
+                            (__m512bh)_mm512_permutexvar_epi16(index, window));
+  }
+  // A slot without another: the high halves are zero, of the activations too, as some may be
+  // infinite.
+  static __m512 fma_last(const uint16_t* p, __m512i window, __m512i index, __m512 sum) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i found = _mm512_maskz_permutexvar_epi16(0x55555555, index, window);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_cvtepu16_epi32(half), (__m512bh)found);
+  }
+  // W columns of which `left` are there, the others zero.
+  template <int W>
+  static void copy(const Input& in, int64_t from, int64_t left, uint16_t* out) {
+    const uint16_t* row = static_cast<const uint16_t*>(in.data) + from;
+    const __mmask32 there = left >= W ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1;
+    if constexpr (W == 32)
+      _mm512_storeu_si512(static_cast<void*>(out), _mm512_maskz_loadu_epi16(there, row));
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                          _mm256_maskz_loadu_epi16(__mmask16(there), row));
+  }
+};
+
+void few_or_dot(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
+  if (c.weight.dtype != DType::bf16) return isa_avx512.few(c, x, u0, u1, b0, b1);
+  window_kernel<Dot>(c.weight.n, c.weight.m).run(c, x, u0, u1, b0, b1);
+}
+void input_for_dot(const Call& c, void* x, int64_t u0, int64_t u1) {
+  if (c.weight.dtype != DType::bf16) return isa_avx512.few_input(c, x, u0, u1);
+  window_kernel<Dot>(c.weight.n, c.weight.m).prepare(c, x, u0, u1);
 }
 
-inline __m512i interleave_order() {
-  alignas(64) uint16_t order[32];
-  for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
-  return _mm512_load_si512(order);
+bool has_kernel(int n, int m, DType dtype) { return isa_avx512.has_few(n, m, dtype); }
+void panels(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count, int64_t b0,
+            int64_t b1, float* scratch) {
+  isa_avx512.panel(c, tile, group, p0, count, b0, b1, scratch);
+}
+int64_t panels_scratch(const Call& c, const Tile& tile, int64_t blocks) {
+  return isa_avx512.panel_scratch(c, tile, blocks);
 }
 
-template <int N, int M, int ROWS>
-inline __attribute__((always_inline)) void dot_words(
-    const uint16_t* values, const uint32_t* index, int64_t w0, int64_t w1, int64_t slots,
-    const uint16_t* x, int64_t ldx, float* sums) {
-  using S = Steps<N, M>;
-  constexpr int WIDTH = S::kGroups * M;
-  const __m512i order = interleave_order();
-  const __m512i keep = _mm512_set1_epi32((M - 1) << 16 | (M - 1));
-  const __m512i second = _mm512_set1_epi32(M << 16);
-  constexpr int CHAINS = ROWS <= 4 ? 2 : 1;
-  __m512 acc[CHAINS][ROWS];
-  NMFX_UNROLL for (int r = 0; r < ROWS; r++) {
-    acc[0][r] = _mm512_loadu_ps(sums + r * kBlock);
-    if (CHAINS == 2) acc[CHAINS - 1][r] = _mm512_setzero_ps();
-  }
-  const uint16_t* v = values + w0 * S::kFields * kBlock;
-  const uint16_t* xs = x + w0 * (S::kFields / N) * M;
-  const uint32_t* word = index + w0 * kBlock;
-  for (int64_t w = w0; w < w1; w++, word += kBlock) {
-    __m512i fields = V::load_index(word);
-    __builtin_prefetch(word + 256);
-    int64_t left = (slots - w * S::kFields) / S::kSlots;
-    int steps = left < S::kPerWord ? int(left) : S::kPerWord;
-    for (int step = 0; step < steps; step++) {
-      NMFX_UNROLL for (int pair = 0; pair < S::kSlots / 2; pair++) {
-        __builtin_prefetch(reinterpret_cast<const char*>(v) + 4096);
-        __m512i weights = _mm512_permutexvar_epi16(
-            order, _mm512_loadu_si512(reinterpret_cast<const void*>(v)));
-        __m512i which = fields;
-        if constexpr (N % 2) which = _mm512_or_si512(_mm512_and_si512(fields, keep), second);
-        NMFX_UNROLL for (int r = 0; r < ROWS; r++) {
-          __m512i found = _mm512_permutexvar_epi16(which, window_bf16<WIDTH>(xs + r * ldx));
-          acc[pair % CHAINS][r] =
-              _mm512_dpbf16_ps(acc[pair % CHAINS][r], (__m512bh)weights, (__m512bh)found);
-        }
-        fields = _mm512_srli_epi32(fields, S::kBits);
-        v += 2 * kBlock;
-      }
-      xs += WIDTH;
-    }
-  }
-  NMFX_UNROLL for (int r = 0; r < ROWS; r++) {
-    __m512 total = acc[0][r];
-    if (CHAINS == 2) total = _mm512_add_ps(total, acc[CHAINS - 1][r]);
-    _mm512_storeu_ps(sums + r * kBlock, total);
-  }
-}
-
-template <int N, int M>
-void dot_rest(const uint16_t* values, const uint32_t* index, int64_t slots, const uint16_t* x,
-              int64_t ldx, int64_t rows, float* sums) {
-  using S = Steps<N, M>;
-  for (int64_t s = slots / S::kSlots * S::kSlots; s < slots; s++) {
-    const uint32_t* word = index + s / S::kFields * kBlock;
-    int shift = field_shift(int(s % S::kFields), S::kBits);
-    for (int lane = 0; lane < kBlock; lane++) {
-      int64_t column = s / N * M + ((word[lane] >> shift) & ((1 << S::kBits) - 1));
-      float value = from_bf16(values[s * kBlock + lane]);
-      for (int64_t r = 0; r < rows; r++)
-        sums[r * kBlock + lane] += value * from_bf16(x[r * ldx + column]);
-    }
-  }
-}
-
-template <int N, int M, int ROWS>
-inline void dot_rows(const uint16_t* values, const uint32_t* index, int64_t w0, int64_t w1,
-                     int64_t slots, const uint16_t* x, int64_t ldx, int64_t rows, float* sums) {
-  if constexpr (ROWS > 1)
-    if (rows < ROWS)
-      return dot_rows<N, M, ROWS - 1>(values, index, w0, w1, slots, x, ldx, rows, sums);
-  dot_words<N, M, ROWS>(values, index, w0, w1, slots, x, ldx, sums);
-}
-
-// As few_blocks in few.h, on bf16 activations.
-template <int N, int M>
-void dot_blocks(const Call& c, const void* input, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-                int64_t b1) {
-  using S = Steps<N, M>;
-  constexpr int R = V::kRows;
-  const Weight& w = c.weight;
-  const uint16_t* x = static_cast<const uint16_t*>(input);
-  constexpr int64_t word_bytes = (S::kFields * 2 + 4) * kBlock;
-  const int64_t run = p1 - p0 <= R ? w.words : (8192 + word_bytes - 1) / word_bytes;
-  float sums[kFewTile * kBlock];
-  for (int64_t b = b0; b < b1; b++) {
-    const uint16_t* values = static_cast<const uint16_t*>(w.values) + b * w.slots * kBlock;
-    const uint32_t* index = w.index + b * w.words * kBlock;
-    for (int64_t q0 = p0; q0 < p1; q0 += kFewTile) {
-      const int64_t q1 = q0 + kFewTile < p1 ? q0 + kFewTile : p1;
-      memset(sums, 0, sizeof(float) * size_t(q1 - q0) * kBlock);
-      for (int64_t w0 = 0; w0 < w.words; w0 += run) {
-        int64_t w1 = w0 + run < w.words ? w0 + run : w.words;
-        for (int64_t q = q0; q < q1; q += R)
-          dot_rows<N, M, R>(values, index, w0, w1, w.slots, x + q * ldx, ldx, q1 - q,
-                            sums + (q - q0) * kBlock);
-      }
-      if (w.slots % S::kSlots)
-        dot_rest<N, M>(values, index, w.slots, x + q0 * ldx, ldx, q1 - q0, sums);
-      few_store(c, sums, q0, q1 - q0, b);
-    }
-  }
-}
-
-FewKernel dot_kernel(int n, int m) {
-  switch (n * 100 + m) {
-    case 204: return dot_blocks<2, 4>;
-    case 104: return dot_blocks<1, 4>;
-    case 408: return dot_blocks<4, 8>;
-    case 208: return dot_blocks<2, 8>;
-    case 108: return dot_blocks<1, 8>;
-    case 116: return dot_blocks<1, 16>;
-    case 216: return dot_blocks<2, 16>;
-    case 416: return dot_blocks<4, 16>;
-    case 816: return dot_blocks<8, 16>;
-    default: return nullptr;
-  }
-}
-
-void few_or_dot(const Call& c, const void* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-                int64_t b1) {
-  if (c.weight.dtype == DType::bf16)
-    dot_kernel(c.weight.n, c.weight.m)(c, x, ldx, p0, p1, b0, b1);
-  else
-    few(c, x, ldx, p0, p1, b0, b1);
-}
-
-void input_for_dot(const Call& c, void* x, int64_t ldx, int64_t p0, int64_t p1) {
-  if (c.weight.dtype != DType::bf16) return few_input(c, x, ldx, p0, p1);
-  uint16_t* rows = static_cast<uint16_t*>(x);
-  const int64_t columns = c.weight.columns;
-  for (int64_t p = p0; p < p1; p++) {
-    memcpy(rows + p * ldx, static_cast<const uint16_t*>(c.input.data) + p * c.input.row_stride,
-           size_t(columns) * 2);
-    memset(rows + p * ldx + columns, 0, size_t(ldx - columns) * 2);
-  }
+// bf16: every number of rows has its dot kernel, which does two multiply-adds where the panel
+// kernel does one.
+constexpr Isa with(int panel_from) {
+  return {"avx512_bf16",
+          V::kLanes,
+          8,
+          kWindowTile,
+          {{panel_from, panel_from, panel_from}, {1 << 30, 1 << 30, 1 << 30}},
+          has_kernel,
+          passes_of,
+          few_or_dot,
+          input_for_dot,
+          panels,
+          panels_scratch,
+          &masks_avx512};
 }
 
 }  // namespace
 
-// bf16: every number of rows has its dot kernel, which does two multiply-adds where the panel
-// kernel does one. On the Xeon of isa_avx512.cpp that is slower than widening from 16 rows on (2:4
-// 3.9 against 2.8 ms), but it has tiles (isa_amx_bf16.cpp); CPUs without tiles were not at hand.
-const Isa isa_avx512_bf16 = {"avx512_bf16",
-                             V::kLanes,
-                             8,
-                             V::kRows,
-                             kFewTile,
-                             true,
-                             {{33, 33, 33}, {1 << 30, 1 << 30, 1 << 30}},
-                             has_few,
-                             few_or_dot,
-                             input_for_dot,
-                             panel,
-                             panel_scratch, &masks_avx512};
+const Isa isa_avx512_bf16 = with(33);  // see isa_avx512.cpp
+const Isa isa_avx512_bf16_amd = with(1 << 30);
 
 }  // namespace nmfx

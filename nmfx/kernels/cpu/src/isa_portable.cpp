@@ -56,7 +56,6 @@ struct V {
 }  // namespace
 }  // namespace nmfx
 
-#define NMFX_UNROLL _Pragma("GCC unroll 16")
 #include "panel.h"
 
 namespace nmfx {
@@ -66,7 +65,7 @@ void V::transpose_rows(const void* const* rows, DType dtype, int64_t count, int6
   transpose_rows_plain(rows, dtype, count, c0, c1, out, ld);
 }
 
-const Isa isa_portable = {"portable", V::kLanes, 8, 0, 0, false, {{1, 1, 1}, {1, 1, 1}},
-                          nullptr,    nullptr,   nullptr, panel, panel_scratch, &masks_portable};
+const Isa isa_portable = {"portable", V::kLanes, 8, 0, {{1, 1, 1}, {1, 1, 1}},
+                          nullptr,    nullptr,   nullptr, nullptr, panel, panel_scratch, &masks_portable};
 
 }  // namespace nmfx

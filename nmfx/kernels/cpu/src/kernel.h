@@ -70,24 +70,25 @@ struct Tile {
 
 struct MaskKernels;  // masks.h
 
+constexpr int64_t kFewRoom = 128;
+
 struct Isa {
   const char* name;
   int lanes;                // floats per vector
   int max_vectors;          // largest Tile::vectors
-  int few_rows;             // positions the few-rows kernel takes at once, 0: there is none
-  int few_tile;             // most positions of a call of it
-  bool bf16_dot;            // the few-rows kernel reads bf16 activations
+  int few_tile;             // most positions of a call of the few-rows kernel, 0: there is none
   // Positions from which the panel kernel is faster: for groups of up to 4, 8 and 16, and where one
   // of up to 8 is kept (0: as the others).
   int panel_from[2][4];     // [f32, bf16]
 
   bool (*has_few)(int n, int m, DType dtype);
-  // `x`: activations (positions, ldx), float or with bf16_dot bf16, zero for 64 columns past the
-  // last. Writes outputs of blocks [b0, b1) for positions [p0, p1).
-  void (*few)(const Call&, const void* x, int64_t ldx, int64_t p0, int64_t p1, int64_t b0,
-              int64_t b1);
-  // Converts rows [p0, p1) to what `few` reads.
-  void (*few_input)(const Call&, void* x, int64_t ldx, int64_t p0, int64_t p1);
+  // Parts into which it cuts the positions of a call; null: each position is one.
+  int64_t (*few_units)(const Call&);
+  // Writes outputs of blocks [b0, b1) for parts [u0, u1). `x`: activations as few_input wrote them.
+  void (*few)(const Call&, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1);
+  // Converts parts [u0, u1) to what `few` reads: `x` has room for kFewRoom more columns than there
+  // are, of floats, and is aligned to 64 bytes.
+  void (*few_input)(const Call&, void* x, int64_t u0, int64_t u1);
   // Blocks [b0, b1) of convolution group `group` for positions [p0, p0 + count).
   void (*panel)(const Call&, const Tile&, int64_t group, int64_t p0, int64_t count, int64_t b0,
                 int64_t b1, float* scratch);
@@ -99,8 +100,8 @@ struct Isa {
 extern const Isa isa_portable;
 #if defined(__x86_64__)
 extern const Isa isa_avx2, isa_avx2_zen3;
-extern const Isa isa_avx512;
-extern const Isa isa_avx512_bf16;
+extern const Isa isa_avx512, isa_avx512_amd;
+extern const Isa isa_avx512_bf16, isa_avx512_bf16_amd;
 extern const Isa isa_amx_bf16;
 #endif
 
