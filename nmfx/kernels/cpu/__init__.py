@@ -1,7 +1,7 @@
 """The native CPU kernels: one library for several instruction sets, chosen when it is loaded.
 
     src/few.h     few rows, AVX2: lane = output row, activations found by permutation
-    src/windows.h the same with AVX-512, where it is as fast for many rows
+    src/windows.h the same with AVX-512, for many rows too; blocks.h what both share
     src/panel.h   many rows and convolutions: lane = position, activations found by address
     src/isa_*.cpp the instructions they are made of, one file per instruction set; that of AMX adds
                   a kernel that expands bfloat16 weights into tiles

@@ -1,5 +1,5 @@
-// The few-rows kernel of AVX2: lane = output row, so a kept weight finds its activation by a permutation
-// of its group, and nothing is summed across lanes.
+// The few-rows kernel of AVX2: lane = output row, so a kept weight finds its activation by a
+// permutation of its group, and nothing is summed across lanes.
 //
 //   index word  | field 15 .. 3 1 | field 14 .. 2 0 |   one word per lane, 2:4: 16 fields
 //   slot s      values[s][lane] * permute(x[group], field s of lane), added to the row's sums
@@ -16,7 +16,7 @@
 //   load/store/zero/fma, load_values(const T*), load_index, shift<..>
 //   Window<M>, window<M>(x), permute<M>(window, fields)
 #pragma once
-#include "epilogue.h"
+#include "blocks.h"
 
 namespace nmfx {
 namespace {
@@ -27,14 +27,6 @@ struct Steps {  // a step is the least number of groups with an even number of s
   static constexpr int kGroups = N % 2 ? 2 : 1, kSlots = kGroups * N;
   static constexpr int kPerWord = kFields / kSlots;
   static_assert(kPerWord * kSlots == kFields, "a word holds whole steps");
-};
-
-// Where a block lies, and how far away the next of the blocks that are read beside it.
-template <class T>
-struct Stream {
-  const T* values;
-  const uint32_t* index;
-  int64_t values_step, index_step;
 };
 
 // What a pass over a run of weights asks of memory. The only pass: what comes a fixed distance
@@ -154,20 +146,6 @@ inline void few_rows(const Stream<T>& blocks, int64_t w0, int64_t w1, int64_t sl
   }
 }
 
-inline void few_store(const Call& c, float* sums, int64_t p0, int64_t rows, int64_t block) {
-  const Weight& w = c.weight;
-  const int64_t o = block * kBlock, lanes = w.out - o < kBlock ? w.out - o : kBlock;
-  float bias[kBlock] = {};
-  if (w.bias) to_floats(w.bias, o, lanes, w.dtype, bias);
-  for (int64_t r = 0; r < rows; r++) {
-    float* sum = sums + r * kBlock;
-    if (w.bias)
-      for (int lane = 0; lane < kBlock; lane++) sum[lane] += bias[lane];
-    activate(sum, kBlock, c.output.activation);
-    from_floats(sum, lanes, w.dtype, c.output.data, (p0 + r) * c.output.step_position + o);
-  }
-}
-
 // Floats from one row of activations to the next: it is zero for 64 columns past the last.
 inline int64_t few_stride(const Call& c) { return c.weight.columns + 64; }
 
@@ -212,7 +190,7 @@ void few_streams(const Call& c, const float* x, int64_t ldx, int64_t p0, int64_t
         few_rest<N, M, T>(blocks.values + i * blocks.values_step,
                           blocks.index + i * blocks.index_step, w.slots, x + q0 * ldx, ldx,
                           q1 - q0, sums + i * sums_step);
-      few_store(c, sums + i * sums_step, q0, q1 - q0, b + i * gap);
+      store_sums(c, sums + i * sums_step, q0, q1 - q0, b + i * gap);
     }
   }
 }

@@ -466,15 +466,6 @@ void input_for_tiles(const Call& c, void* x, int64_t p0, int64_t p1) {
   }
 }
 
-bool has_kernel(int n, int m, DType dtype) { return isa_avx512_bf16.has_few(n, m, dtype); }
-void panels(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count, int64_t b0,
-            int64_t b1, float* scratch) {
-  isa_avx512_bf16.panel(c, tile, group, p0, count, b0, b1, scratch);
-}
-int64_t panels_scratch(const Call& c, const Tile& tile, int64_t blocks) {
-  return isa_avx512_bf16.panel_scratch(c, tile, blocks);
-}
-
 }  // namespace
 
 const Isa isa_amx_bf16 = {"amx_bf16",
@@ -482,11 +473,11 @@ const Isa isa_amx_bf16 = {"amx_bf16",
                           8,
                           kMostRows,
                           {{33, 33, 33}, {1 << 30, 1 << 30, 1 << 30}},
-                          has_kernel,
+                          has_few_avx512,
                           units,
                           few_or_tiles,
                           input_for_tiles,
-                          panels,
-                          panels_scratch, &masks_avx512};
+                          panel_avx512,
+                          panel_avx512_scratch, &masks_avx512};
 
 }  // namespace nmfx

@@ -55,7 +55,6 @@ WindowKernel kernel(int n, int m, DType dtype) {
   return dtype == DType::f32 ? window_kernel<Floats<float>>(n, m)
                              : window_kernel<Floats<uint16_t>>(n, m);
 }
-bool has_few(int n, int m, DType dtype) { return kernel(n, m, dtype).run != nullptr; }
 void few(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
   kernel(c.weight.n, c.weight.m, c.weight.dtype).run(c, x, u0, u1, b0, b1);
 }
@@ -75,16 +74,25 @@ constexpr Isa with(int panel_from) {
           8,
           kWindowTile,
           {{panel_from, panel_from, panel_from}, {panel_from, panel_from, panel_from}},
-          has_few,
+          has_few_avx512,
           passes_of,
           few,
           few_input,
-          panel,
-          panel_scratch,
+          panel_avx512,
+          panel_avx512_scratch,
           &masks_avx512};
 }
 
 }  // namespace
+
+bool has_few_avx512(int n, int m, DType dtype) { return kernel(n, m, dtype).run != nullptr; }
+void panel_avx512(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count,
+                  int64_t b0, int64_t b1, float* scratch) {
+  panel(c, tile, group, p0, count, b0, b1, scratch);
+}
+int64_t panel_avx512_scratch(const Call& c, const Tile& tile, int64_t blocks) {
+  return panel_scratch(c, tile, blocks);
+}
 
 const Isa isa_avx512 = with(33);
 const Isa isa_avx512_amd = with(1 << 30);

@@ -4,6 +4,14 @@
 #include "transpose_avx.h"
 
 namespace nmfx {
+
+// What the others take over from isa_avx512.cpp: functions, as a table of pointers out of another
+// table would be filled in an order that nobody promises.
+bool has_few_avx512(int n, int m, DType dtype);
+void panel_avx512(const Call&, const Tile&, int64_t group, int64_t p0, int64_t count, int64_t b0,
+                  int64_t b1, float* scratch);
+int64_t panel_avx512_scratch(const Call&, const Tile&, int64_t blocks);
+
 namespace {
 
 struct V {

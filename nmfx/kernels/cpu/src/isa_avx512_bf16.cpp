@@ -46,12 +46,10 @@ struct Dot {
     return _mm512_dpbf16_ps(sum, (__m512bh)values,
                             (__m512bh)_mm512_permutexvar_epi16(index, window));
   }
-  // A slot without another: the high halves are zero, of the activations too, as some may be
-  // infinite.
+  // A slot without another, whose column would lie behind the last, where activations are zero.
   static __m512 fma_last(const uint16_t* p, __m512i window, __m512i index, __m512 sum) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m512i found = _mm512_maskz_permutexvar_epi16(0x55555555, index, window);
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_cvtepu16_epi32(half), (__m512bh)found);
+    return fma(_mm512_cvtepu16_epi32(half), window, index, sum);
   }
   // W columns of which `left` are there, the others zero.
   template <int W>
@@ -75,15 +73,6 @@ void input_for_dot(const Call& c, void* x, int64_t u0, int64_t u1) {
   window_kernel<Dot>(c.weight.n, c.weight.m).prepare(c, x, u0, u1);
 }
 
-bool has_kernel(int n, int m, DType dtype) { return isa_avx512.has_few(n, m, dtype); }
-void panels(const Call& c, const Tile& tile, int64_t group, int64_t p0, int64_t count, int64_t b0,
-            int64_t b1, float* scratch) {
-  isa_avx512.panel(c, tile, group, p0, count, b0, b1, scratch);
-}
-int64_t panels_scratch(const Call& c, const Tile& tile, int64_t blocks) {
-  return isa_avx512.panel_scratch(c, tile, blocks);
-}
-
 // bf16: every number of rows has its dot kernel, which does two multiply-adds where the panel
 // kernel does one.
 constexpr Isa with(int panel_from) {
@@ -92,12 +81,12 @@ constexpr Isa with(int panel_from) {
           8,
           kWindowTile,
           {{panel_from, panel_from, panel_from}, {1 << 30, 1 << 30, 1 << 30}},
-          has_kernel,
+          has_few_avx512,
           passes_of,
           few_or_dot,
           input_for_dot,
-          panels,
-          panels_scratch,
+          panel_avx512,
+          panel_avx512_scratch,
           &masks_avx512};
 }
 

@@ -24,7 +24,7 @@
 //   values(p), index<..>(word, slot, slot of the window), window<W>(x), fma, copy
 //   fma_last         where kUnit is 2: a slot without another
 #pragma once
-#include "epilogue.h"
+#include "blocks.h"
 
 namespace nmfx {
 namespace {
@@ -42,21 +42,13 @@ constexpr int kWindowTile = 128;             // most rows that share them
 
 template <int N, int M, class P>
 struct Word {
-  static constexpr int kBits = field_bits(M), kFields = fields_per_word(M);
+  static constexpr int kFields = fields_per_word(M);
   static constexpr int kColumns = kFields / N * M;
   static constexpr int kWidth = P::kWidth < kColumns ? P::kWidth : kColumns;  // of a window
   static constexpr int kWindows = kColumns / kWidth;
   static constexpr int kSlots = kFields / kWindows;  // of a window
   static_assert(kFields % N == 0 && kColumns % kWidth == 0, "a word holds whole windows");
   static_assert(kSlots % P::kUnit == 0, "a window holds whole units");
-};
-
-// Where a block lies, and how far away the one that is read beside it.
-template <class T>
-struct Stream {
-  const T* values;
-  const uint32_t* index;
-  int64_t values_step, index_step;
 };
 
 // What a pass asks of memory: bytes from what it reads to what it asks for, and for how many with
@@ -195,8 +187,8 @@ struct Windows {
       memset(sums, 0, size_t(2 * rows) * kBlock * 4);
       add_pass<N, M, kPair, 2, P>(block(b, gap), 0, w.words, w.slots, x, rows, sums, rows * kBlock,
                                   {2048, 1024, 64});
-      store(sums, 0, rows, b);
-      if (gap) store(sums + rows * kBlock, 0, rows, b + gap);
+      store_sums(c, sums, 0, rows, b);
+      if (gap) store_sums(c, sums + rows * kBlock, 0, rows, b + gap);
     }
   }
 
@@ -228,24 +220,12 @@ struct Windows {
                                         sums + ((b - r0) * rows + p - p0) * kBlock, 0, fetch);
         }
       }
-      for (int64_t b = r0; b < r1; b++) store(sums + (b - r0) * rows * kBlock, p0, rows, b);
+      for (int64_t b = r0; b < r1; b++)
+        store_sums(c, sums + (b - r0) * rows * kBlock, p0, rows, b);
     }
   }
 
   static int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
-
-  void store(float* sums, int64_t p0, int64_t rows, int64_t b) const {
-    const int64_t o = b * kBlock, lanes = w.out - o < kBlock ? w.out - o : kBlock;
-    float bias[kBlock] = {};
-    if (w.bias) to_floats(w.bias, o, lanes, w.dtype, bias);
-    for (int64_t r = 0; r < rows; r++) {
-      float* sum = sums + r * kBlock;
-      if (w.bias)
-        for (int lane = 0; lane < kBlock; lane++) sum[lane] += bias[lane];
-      activate(sum, kBlock, c.output.activation);
-      from_floats(sum, lanes, w.dtype, c.output.data, (p0 + r) * c.output.step_position + o);
-    }
-  }
 
   static void run(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
     const Windows windows(c, x);
