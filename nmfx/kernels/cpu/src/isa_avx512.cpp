@@ -67,7 +67,8 @@ void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
 // Intel Xeon, with an earlier few-rows kernel: 2:4 at 32 rows 5.3 / 6.3, at 48 rows 7.7 / 7.5, at 64
 // rows 10.3 / 9.2; 1:4 at 48 rows 4.3 / 3.9; 1:16 at 48 rows 1.31 / 1.44, at 64 rows 1.87 / 1.53.
 //
-// AMD EPYC (Zen 5): none. 2:4 at 512 rows 53.7 / 56.1, 1:4 29.3 / 32.3, 1:16 10.3 / 12.0.
+// AMD EPYC (Zen 5): none. 2:4 at 128 rows 13.3 / 14.0, 1:4 7.2 / 7.8, 1:16 2.4 / 2.8. No Zen 4 that
+// shows its AVX-512 was at hand.
 constexpr Isa with(int panel_from) {
   return {"avx512",
           V::kLanes,
