@@ -192,6 +192,25 @@ def test_edges_of_tiles_and_chunks(isa: str, pattern: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:16"])
+@each_isa
+def test_more_activations_than_a_cache_holds(isa: str, pattern: str) -> None:
+    """Columns in chunks that pass over ranges of blocks; 39 blocks are two ranges and one over."""
+    parsed = Pattern.parse(pattern)
+    for rows in (256, 300):
+        call = Call(parsed, 617, 2112 // parsed.m, rows, "contiguous", True, "none", rows)
+        check_call(isa, torch.bfloat16, call)
+    weight, values, index = packed(617, 2112, parsed, torch.bfloat16)
+    x = torch.randn(256, 2112, dtype=torch.bfloat16)
+    x[77, 5] = math.inf
+    cpu.use_isa(isa)
+    actual = linear_nm(x, values, index, None, 617, 2112, parsed.n, parsed.m)
+    kept = nm_mask(weight, parsed, 1)[:, 5]
+    assert torch.equal(~actual[77].isfinite(), kept)
+    assert actual[torch.arange(256) != 77].isfinite().all()
+
+
+@needs_library
 @each_isa
 def test_no_columns_give_the_bias(isa: str) -> None:
     cpu.use_isa(isa)

@@ -53,20 +53,16 @@ void few_input_body(int64_t begin, int64_t end, void* context) {
   job.isa->few_input(*job.call, job.x, begin, end);
 }
 
-// Activations that pass over a block stay in a second-level cache of 2 MB; there are that many
-// where Isa::few_tile is more than 64.
-constexpr int64_t kFewInput = 1 << 20;
-
 bool run_few(const Call& c, const Isa& isa, ParallelFor parallel_for) {
   Job job = {};
   job.call = &c;
   job.isa = &isa;
-  const int64_t row_bytes = c.weight.columns * 2, positions = c.input.positions;
-  const int64_t fit = row_bytes ? kFewInput / row_bytes / 32 * 32 : isa.few_tile;
-  int64_t tile = at_most(isa.few_tile, fit < 64 ? 64 : fit);
+  const int64_t positions = c.input.positions;
   job.units = isa.few_units ? isa.few_units(c) : positions;
-  const int64_t unit = ceil_div(positions, job.units);
-  job.units_per_tile = tile / unit;
+  const int64_t unit = ceil_div(positions, job.units), most = isa.few_tile / unit;
+  // Tiles of the same size, as near as can be; of single positions, in pairs of 16.
+  job.units_per_tile = ceil_div(job.units, ceil_div(job.units, most));
+  if (unit == 1) job.units_per_tile = ceil_div(job.units_per_tile, 32) * 32;
   job.x = scratch.floats(positions * (c.weight.columns + kFewRoom));
   if (!job.x) return false;
   int64_t work = c.weight.slots * kBlock * positions;  // of one block, in multiply-adds

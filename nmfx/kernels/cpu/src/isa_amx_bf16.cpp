@@ -20,9 +20,19 @@ namespace {
 
 constexpr int kColumns = 32;         // of a tile of activations: 64 bytes
 constexpr int kTile = 16 * kColumns;  // elements of a tile
-// Tiles of two blocks that stay expanded in the first-level cache while all rows pass: 32 KB.
-constexpr int kChunk = 16;
-constexpr int kMostRows = 512;  // positions of a call, a multiple of two tiles
+// What stays in the caches while up to 256 rows pass. Intel Xeon (AMX; 48 KB, 2 MB), one thread, ms:
+//
+// near   all activations in the second-level cache, chunks of 16 KB of expanded weights, against 32
+//        KB: 4096 x 4096 from memory, 128 rows, 2:4 2.5 / 2.9, 1:4 2.2 / 2.5, 1:16 equal
+// far    a chunk of columns passes over a range of blocks, whose sums lie in the second-level cache;
+//        chunks of 32 KB, to read the sums less often, against near with 128 rows at a time: 512
+//        rows, 2:4 10.2 / 11.8, 1:4 8.8 / 9.4, 1:16 equal; 128 rows of 4096 x 11008, where 64 at a
+//        time expanded all weights twice, 7.9 / 14.6. With 512 rows 10.6, with 256 KB of sums 10 %
+//        more.
+constexpr int kChunk = 16;           // tiles along the columns, of two blocks
+constexpr int kMostRows = 256;       // positions of a call, a multiple of two tiles
+constexpr int64_t kNear = 1 << 20;   // bytes of activations
+constexpr int64_t kSums = 128 << 10;  // floats, on the stack
 
 // --- from slots to tiles -------------------------------------------------------------------------
 
@@ -148,92 +158,103 @@ inline void memory_is_read() { asm volatile("" ::: "memory"); }
 struct Rows {
   int64_t positions, columns;
   int64_t rows;   // of a tile: 16, or fewer when there are no more
+  int64_t along;  // tiles of rows
   int64_t tiles;  // along the columns
+  bool near;
   int64_t chunk;  // tiles of a chunk of columns: all where two tiles of rows are enough
 
   explicit Rows(const Call& c)
       : positions(c.input.positions), columns(c.weight.columns),
-        rows(positions < 16 ? positions : 16), tiles((columns + kColumns - 1) / kColumns),
-        chunk(positions <= 32 ? tiles : kChunk) {}
+        rows(positions < 16 ? positions : 16), along((positions + rows - 1) / rows),
+        tiles((columns + kColumns - 1) / kColumns),
+        near(tiles * kColumns * 2 * (positions < kMostRows ? positions : kMostRows) <= kNear),
+        chunk(positions <= 32 ? tiles : near ? kChunk / 2 : kChunk) {}
 
-  // Where the columns from 32 `tile` on of position p are.
-  int64_t at(int64_t p, int64_t tile) const {
-    const int64_t k0 = tile / chunk * chunk, width = tiles - k0 < chunk ? tiles - k0 : chunk;
-    const int64_t along = (positions + rows - 1) / rows;
-    return ((k0 * along + p / rows * width + tile - k0) * rows + p % rows) * kColumns;
+  int64_t end_of(int64_t k0) const { return k0 + chunk < tiles ? k0 + chunk : tiles; }
+  // Where the first columns of the chunk that starts with tile k0 are, of position p.
+  int64_t at(int64_t p, int64_t k0) const {
+    return ((k0 * along + p / rows * (end_of(k0) - k0)) * rows + p % rows) * kColumns;
   }
-  int64_t finite_at(int64_t p) const {
-    return (positions + rows - 1) / rows * tiles * rows * kColumns + p;
-  }
+  int64_t finite_at(int64_t p) const { return along * tiles * rows * kColumns + p; }
 };
 
 // Where each tile is expanded for one use, it asks for the tiles some way ahead of it.
-struct Near {
-  static constexpr bool kNear = true;
+struct Once {
+  static constexpr bool kOnce = true;
   void step() {}
 };
 
-// Where a chunk is used for many rows, the packed weights of the next chunk are asked for a few
-// lines at a time: all at once they would fill the queue to memory and then leave it empty.
+// Cache lines that are asked for a few at a time: all at once they would fill the queue to memory
+// and then leave it empty.
+struct Lines {
+  const char* at = nullptr;
+  int left = 0, per_step = 0;
+
+  void start(const void* from, int64_t bytes, int64_t steps) {
+    at = static_cast<const char*>(from);
+    left = int(bytes / 64), per_step = int((left + steps - 1) / steps);
+  }
+  // Lines of so many streams, `gap` bytes apart.
+  template <int STREAMS, int LEVEL>
+  void step(int64_t gap) {
+    for (int i = 0; i < per_step && left; i++, left--, at += 64)
+      NMFX_UNROLL for (int b = 0; b < STREAMS; b++) __builtin_prefetch(at + b * gap, 0, 4 - LEVEL);
+  }
+};
+
+// Where a chunk is used for many rows: the packed weights of the next one, and a part of the
+// activations of the next chunk of columns.
 template <int N, int M, int B>
 struct Next {
   using S = Slots<N, M>;
-  static constexpr bool kNear = false;
-  static constexpr int kValues = kChunk * S::kSlots * kBlock * 2 / 64;  // lines of 64 bytes
-  static constexpr int kIndex = kChunk * S::kSlots * 4 * kBlock / S::kFields / 64;
+  static constexpr bool kOnce = false;
 
   const Weight& w;
-  const char *values = nullptr, *index = nullptr;  // of the first block
-  int values_left = 0, index_left = 0, values_per_step = 0, index_per_step = 0;
+  Lines values, index, x;  // of the first block, but x
 
   explicit Next(const Weight& weight) : w(weight) {}
 
-  void start(int64_t block, int64_t tile, int64_t steps) {
+  void start(int64_t block, int64_t tile, int64_t chunk, int64_t steps) {
     const S from(static_cast<const uint16_t*>(w.values) + block * w.slots * kBlock,
                  w.index + block * w.words * kBlock, tile);
-    values = reinterpret_cast<const char*>(from.values);
-    index = reinterpret_cast<const char*>(from.index);
-    values_left = kValues, values_per_step = int((kValues + steps - 1) / steps);
-    index_left = kIndex, index_per_step = int((kIndex + steps - 1) / steps);
+    values.start(from.values, chunk * S::kSlots * kBlock * 2, steps);
+    index.start(from.index, chunk * S::kSlots * kBlock * 4 / S::kFields, steps);
   }
   void step() {
-    for (int i = 0; i < values_per_step && values_left; i++, values_left--, values += 64)
-      NMFX_UNROLL for (int b = 0; b < B; b++)
-          __builtin_prefetch(values + b * w.slots * kBlock * 2, 0, 2);
-    for (int i = 0; i < index_per_step && index_left; i++, index_left--, index += 64)
-      NMFX_UNROLL for (int b = 0; b < B; b++)
-          __builtin_prefetch(index + b * w.words * kBlock * 4, 0, 2);
+    x.template step<1, 2>(0);
+    values.template step<B, 1>(w.slots * kBlock * 2);
+    index.template step<B, 1>(w.words * kBlock * 4);
   }
 };
 
 template <int N, int M, int B>
 struct Product {
   using S = Slots<N, M>;
-  static constexpr int kRing = B > 2 ? 4 : kChunk;  // tiles of a block in the buffer
+  static constexpr int kTiles = B > 2 ? 4 : kChunk;  // of a block in the buffer
   static constexpr int64_t kRows = 16 * kBlock * B;  // from the sums of a tile of rows to the next
 
   const Weight& w;
   const Rows& rows;
   const uint16_t* x;
-  uint16_t* buffer;  // [kRing][B] expanded tiles
+  uint16_t* buffer;  // [kTiles][B] expanded tiles
 
   // Adds the columns of tiles [k0, k1) of blocks [b, b + B) to the sums of R tiles of rows, from
   // position p on. With EXPAND these tiles are written to the buffer on the way, one ahead of the
   // products: a load waits for the stores to arrive.
   template <int R, bool EXPAND, class NEXT>
   void add(int64_t b, int64_t p, int64_t k0, int64_t k1, float* sums, NEXT& next) const {
-    constexpr int kLate = EXPAND ? 1 : 0;
+    constexpr int kLate = EXPAND ? 1 : 0, kRing = NEXT::kOnce ? 4 : kTiles;
     const int64_t tile = rows.rows * kColumns;
     const uint16_t *x0 = x + rows.at(p, k0), *x1 = R > 1 ? x + rows.at(p + 16, k0) : nullptr;
     load<R>(sums, k0 == 0);
     for (int64_t k = k0; k < k1 + kLate; k++) {
       if (EXPAND && k < k1)
         for (int i = 0; i < B; i++)
-          expand_tile<NEXT::kNear>(b + i, k, buffer + (k % kRing * B + i) * kTile);
+          expand_tile<NEXT::kOnce>(b + i, k, buffer + ((k - k0) % kRing * B + i) * kTile);
       next.step();
       if (EXPAND) memory_is_read();
       if (k - kLate < k0) continue;
-      multiply<R>(x0, x1, buffer + (k - kLate) % kRing * B * kTile);
+      multiply<R>(x0, x1, buffer + (k - kLate - k0) % kRing * B * kTile);
       x0 += tile, x1 += tile;
     }
     store<R>(sums);
@@ -356,45 +377,65 @@ void store_outputs(const Call& c, float* sums, int64_t p0, int64_t count, int64_
   }
 }
 
-// Blocks [b, b + B) for positions [p0, p1).
+// Blocks [b0, b1), a multiple of B, for positions [p0, p1).
 template <int N, int M, int B>
 void tile_blocks(const Call& c, const Rows& rows, const uint16_t* x, int64_t p0, int64_t p1,
-                 int64_t b) {
+                 int64_t b0, int64_t b1) {
   using P = Product<N, M, B>;
   constexpr int PAIR = B > 2 ? 1 : 2;  // tiles of rows in a pass
-  alignas(64) uint16_t buffer[P::kRing * B * kTile];
-  alignas(64) float sums[(B > 2 ? 16 : kMostRows) * B * kBlock];  // [tile of rows][B][16][16]
-  const auto sums_of = [&](int64_t q, int i) {
-    return sums + ((q / 16 * B + i) * 16 + q % 16) * kBlock;
-  };
+  alignas(64) uint16_t buffer[P::kTiles * B * kTile];
+  alignas(64) float sums[B > 2 ? 16 * B * kBlock : kSums];  // [B blocks][tile of rows][B][16][16]
   const P product = {c.weight, rows, x, buffer};
-  const int64_t count = (p1 - p0 + 15) / 16 * 16;
-  if (rows.positions <= 32) {  // each tile is expanded once and needed once
-    Near next;
-    if (count <= 16)
-      product.template add<1, true>(b, p0, 0, rows.tiles, sums, next);
-    else
-      product.template add<PAIR, true>(b, p0, 0, rows.tiles, sums, next);
-  } else {
+  const int64_t count = (p1 - p0 + 15) / 16 * 16, of_blocks = count * B * kBlock;
+  const auto sums_of = [&](int64_t b, int64_t q, int i) {
+    return sums + b / B * of_blocks + ((q / 16 * B + i) * 16 + q % 16) * kBlock;
+  };
+  const int64_t range = rows.near || B > 2 ? B : kSums / of_blocks * B;
+  for (int64_t r0 = b0, r1; r0 < b1; r0 = r1) {
+    r1 = r0 + range < b1 ? r0 + range : b1;
     for (int64_t k0 = 0, k1; k0 < rows.tiles; k0 = k1) {
-      k1 = k0 + rows.chunk < rows.tiles ? k0 + rows.chunk : rows.tiles;
-      Next<N, M, B> next(c.weight);
-      const bool more = k1 < rows.tiles;
-      next.start(more ? b : b + B, more ? k1 : 0, (count + 16) / 32 * (k1 - k0));
-      if (count <= 16)
-        product.template add<1, true>(b, p0, k0, k1, sums, next);
-      else
-        product.template add<PAIR, true>(b, p0, k0, k1, sums, next);
-      int64_t q = 32;
-      for (; q + 32 <= count; q += 32)
-        product.template add<PAIR, false>(b, p0 + q, k0, k1, sums_of(q, 0), next);
-      if (q < count) product.template add<1, false>(b, p0 + q, k0, k1, sums_of(q, 0), next);
+      k1 = rows.end_of(k0);
+      const int64_t steps = (count + 16) / 32 * (k1 - k0);
+      for (int64_t b = r0; b < r1; b += B) {
+        const auto add = [&](auto& next) {
+          const bool two = PAIR > 1 && count > 16;
+          float* here = sums_of(b - r0, 0, 0);
+          if (two)
+            product.template add<PAIR, true>(b, p0, k0, k1, here, next);
+          else
+            product.template add<1, true>(b, p0, k0, k1, here, next);
+          int64_t q = two ? 32 : 16;
+          for (; q + 32 <= count; q += 32)
+            product.template add<PAIR, false>(b, p0 + q, k0, k1, sums_of(b - r0, q, 0), next);
+          if (q < count)
+            product.template add<1, false>(b, p0 + q, k0, k1, sums_of(b - r0, q, 0), next);
+        };
+        if (rows.positions <= 32) {
+          Once next;
+          add(next);
+          continue;
+        }
+        Next<N, M, B> next(c.weight);
+        // The next blocks, or the first with the columns that follow these, or with the first.
+        const bool last = b + B >= r1, end = k1 == rows.tiles;
+        const int64_t n0 = end ? 0 : k1;
+        next.start(!last ? b + B : end ? r1 : r0, last ? n0 : k0, rows.chunk, steps);
+        if (range > B) {
+          const int64_t lines = count * (rows.end_of(n0) - n0), parts = (r1 - r0) / B;
+          const int64_t part = (b - r0) / B, from = lines * part / parts;
+          next.x.start(x + rows.at(p0, n0) + from * kColumns,
+                       (lines * (part + 1) / parts - from) * 64, steps);
+        }
+        add(next);
+      }
+    }
+    for (int64_t b = r0; b < r1; b += B) {
+      for (int64_t p = p0; p < p1; p++)
+        if (!x[rows.finite_at(p)])
+          for (int i = 0; i < B; i++) add_exactly(c, p, b + i, sums_of(b - r0, p - p0, i));
+      store_outputs<B>(c, sums_of(b - r0, 0, 0), p0, p1 - p0, b);
     }
   }
-  for (int64_t p = p0; p < p1; p++)
-    if (!x[rows.finite_at(p)])
-      for (int i = 0; i < B; i++) add_exactly(c, p, b + i, sums_of(p - p0, i));
-  store_outputs<B>(c, sums, p0, p1 - p0, b);
 }
 
 template <int N, int M>
@@ -403,10 +444,13 @@ void tiles(const Call& c, const uint16_t* x, int64_t p0, int64_t p1, int64_t b0,
   const TileConfig config(rows.rows);
   _tile_loadconfig(&config);
   int64_t b = b0;
-  if (p1 - p0 <= 16)
-    for (; b + 4 <= b1; b += 4) tile_blocks<N, M, 4>(c, rows, x, p0, p1, b);
-  for (; b + 2 <= b1; b += 2) tile_blocks<N, M, 2>(c, rows, x, p0, p1, b);
-  if (b < b1) tile_blocks<N, M, 1>(c, rows, x, p0, p1, b);
+  const auto go_to = [&](auto kernel, int64_t end) {
+    if (b < end) kernel(c, rows, x, p0, p1, b, end);
+    b = end;
+  };
+  if (p1 - p0 <= 16) go_to(tile_blocks<N, M, 4>, b + (b1 - b) / 4 * 4);
+  go_to(tile_blocks<N, M, 2>, b + (b1 - b) / 2 * 2);
+  go_to(tile_blocks<N, M, 1>, b1);
   _tile_release();
 }
 
@@ -429,13 +473,21 @@ TileKernel tile_kernel(int n, int m) {
 
 // --- the choice ----------------------------------------------------------------------------------
 
-// What a tile costs hardly depends on its rows, a dot product is done for each row and kept weight.
-// Intel Xeon (AMX), 4096 x 4096 from memory, one thread, dot / tiles in ms: 2:4 at 2 rows 1.62 /
-// 1.24, 1:4 at 4 rows 0.85 / 0.81, at 8 rows 1.09 / 0.81, 1:16 at 8 rows 0.29 / 0.50, at 16 0.53 /
-// 0.52.
+// What a tile costs hardly depends on its rows, a product of vectors is done for each row and kept
+// weight. Intel Xeon (AMX), 4096 x 4096 from memory, one thread, vectors / tiles in ms: 2:4 at 3 rows
+// .93 / .97, at 4 1.02 / .99; 4:8 at 6 rows 1.36 / 1.55, at 8 1.58 / 1.52; 1:4 at 6 rows .67 / .73,
+// at 8 .79 / .75; 2:8 the same; 1:8 at 8 rows .41 / .55, at 12 .71 / .55; 1:16 at 12 rows .41 / .44,
+// at 16 .52 / .47; 2:16 at 8 rows .40 / .59, at 12 .73 / .61; 4:16 at 8 rows .72 / .85, at 12 1.18 /
+// .85; 8:16 at 6 rows 1.20 / 1.59, at 8 1.66 / 1.85, at 12 2.22 / 1.66.
+int tiles_from(int n, int m) {
+  if (m <= 4) return n == 2 ? 4 : 7;
+  if (m <= 8) return n == 1 ? 10 : 7;
+  return n == 1 ? 13 : n == 8 ? 9 : 10;
+}
+
 bool takes_tiles(const Call& c) {
   const Weight& w = c.weight;
-  return w.dtype == DType::bf16 && w.slots > 0 && c.input.positions * w.n >= w.m;
+  return w.dtype == DType::bf16 && w.slots > 0 && c.input.positions >= tiles_from(w.n, w.m);
 }
 
 int64_t units(const Call& c) {
@@ -455,12 +507,16 @@ void input_for_tiles(const Call& c, void* x, int64_t p0, int64_t p1) {
   for (int64_t p = p0; p < p1; p++) {
     const uint16_t* row = static_cast<const uint16_t*>(c.input.data) + p * c.input.row_stride;
     __mmask32 infinite = 0;
-    for (int64_t tile = 0; tile < rows.tiles; tile++) {
-      const int64_t left = rows.columns - tile * kColumns;
-      const __mmask32 there = left >= kColumns ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-      const __m512i part = _mm512_maskz_loadu_epi16(there, row + tile * kColumns);
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(part, exponent), exponent);
-      _mm512_storeu_si512(static_cast<void*>(out + rows.at(p, tile)), part);
+    for (int64_t k0 = 0, k1; k0 < rows.tiles; k0 = k1) {
+      k1 = rows.end_of(k0);
+      uint16_t* to = out + rows.at(p, k0);
+      for (int64_t k = k0; k < k1; k++, to += rows.rows * kColumns) {
+        const int64_t left = rows.columns - k * kColumns;
+        const __mmask32 there = left >= kColumns ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+        const __m512i part = _mm512_maskz_loadu_epi16(there, row + k * kColumns);
+        infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(part, exponent), exponent);
+        _mm512_storeu_si512(static_cast<void*>(to), part);
+      }
     }
     out[rows.finite_at(p)] = infinite == 0;
   }
@@ -472,7 +528,7 @@ const Isa isa_amx_bf16 = {"amx_bf16",
                           V::kLanes,
                           8,
                           kMostRows,
-                          {{33, 33, 33}, {1 << 30, 1 << 30, 1 << 30}},
+                          {{41, 41, 41}, {1 << 30, 1 << 30, 1 << 30}},
                           has_few_avx512,
                           units,
                           few_or_tiles,

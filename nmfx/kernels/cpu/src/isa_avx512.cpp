@@ -55,8 +55,9 @@ WindowKernel kernel(int n, int m, DType dtype) {
   return dtype == DType::f32 ? window_kernel<Floats<float>>(n, m)
                              : window_kernel<Floats<uint16_t>>(n, m);
 }
+template <const Budget& BUDGET>
 void few(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
-  kernel(c.weight.n, c.weight.m, c.weight.dtype).run(c, x, u0, u1, b0, b1);
+  kernel(c.weight.n, c.weight.m, c.weight.dtype).run(c, BUDGET, x, u0, u1, b0, b1);
 }
 void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
   kernel(c.weight.n, c.weight.m, c.weight.dtype).prepare(c, x, u0, u1);
@@ -64,12 +65,13 @@ void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
 
 // Crossings, 4096 x 4096 from memory, one thread, few / panel in ms.
 //
-// Intel Xeon, with an earlier few-rows kernel: 2:4 at 32 rows 5.3 / 6.3, at 48 rows 7.7 / 7.5, at 64
-// rows 10.3 / 9.2; 1:4 at 48 rows 4.3 / 3.9; 1:16 at 48 rows 1.31 / 1.44, at 64 rows 1.87 / 1.53.
+// Intel Xeon, fp32: 2:4 at 40 rows 7.2 / 8.0, at 48 rows 8.2 / 7.2; 1:4 at 24 rows 2.3 / 2.8, at 32
+// rows 2.85 / 2.78, at 40 rows 3.5 / 3.7; 1:16 at 32 rows .83 / .82, at 40 rows 1.05 / 1.31. Of 48
+// KB and more, an earlier form of the kernel.
 //
 // AMD EPYC (Zen 5): none. 2:4 at 128 rows 13.3 / 14.0, 1:4 7.2 / 7.8, 1:16 2.4 / 2.8. No Zen 4 that
 // shows its AVX-512 was at hand.
-constexpr Isa with(int panel_from) {
+constexpr Isa with(decltype(Isa::few) few, int panel_from) {
   return {"avx512",
           V::kLanes,
           8,
@@ -95,7 +97,7 @@ int64_t panel_avx512_scratch(const Call& c, const Tile& tile, int64_t blocks) {
   return panel_scratch(c, tile, blocks);
 }
 
-const Isa isa_avx512 = with(33);
-const Isa isa_avx512_amd = with(1 << 30);
+const Isa isa_avx512 = with(few<kIntel>, 41);
+const Isa isa_avx512_amd = with(few<kAmd>, 1 << 30);
 
 }  // namespace nmfx

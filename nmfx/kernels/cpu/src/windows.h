@@ -32,13 +32,21 @@ namespace {
 constexpr int kPass = 16;  // most rows of a pass
 constexpr int kPair = 8;   // most rows that two blocks are read for at once
 
-// Zen 5 (48 KB, 1 MB), 4096 x 4096 from memory, ms. Sums of 128 KB against 64 KB: 1:16 at 128 rows
-// fp32 2.35 / 2.65, bf16 1.34 / 1.44, 2:4 equal. Weights with and without a limit: 2:4 at 16 rows
-// 2.1 / 4.4. Windows of 16 KB against 32 KB, both without: at 32 rows 3.9 / 5.7, at 128 rows equal.
-constexpr int64_t kWindowBytes = 16 << 10;   // of a pass over a chunk of columns
-constexpr int64_t kSumsBytes = 128 << 10;    // of the blocks of a chunk
-constexpr int64_t kWeightBytes = 128 << 10;  // of these blocks in a chunk
-constexpr int kWindowTile = 128;             // most rows that share them
+// What stays near while a chunk is worked on.
+struct Budget {
+  int64_t windows;  // bytes of a pass over a chunk of columns
+  int64_t weights;  // bytes of the chunk's blocks
+};
+
+// Milliseconds, 4096 x 4096 from memory, fp32. Zen 5 (48 KB, 1 MB): weights with and without a limit,
+// 2:4 at 16 rows 2.1 / 4.4; windows of 16 KB against 32 KB, both without, at 32 rows 3.9 / 5.7, at
+// 128 rows equal. Intel Xeon (AMX; 48 KB, 2 MB), its own budget against the other: 2:4 at 12 rows
+// 3.05 / 3.40, at 32 rows 5.65 / 5.90, 1:16 .42 / .50 and .83 / .94; 32 and 128 KB in between.
+constexpr Budget kAmd = {16 << 10, 128 << 10}, kIntel = {32 << 10, 32 << 10};
+// Of the sums of these blocks. Zen 5, against 64 KB: 1:16 at 128 rows fp32 2.35 / 2.65, bf16 1.34 /
+// 1.44, 2:4 equal.
+constexpr int64_t kSumsBytes = 128 << 10;
+constexpr int kWindowTile = 128;  // most rows that share them
 
 template <int N, int M, class P>
 struct Word {
@@ -166,10 +174,11 @@ struct Windows {
 
   const Call& c;
   const Weight& w;
+  const Budget& budget;
   const Element* x;
 
-  Windows(const Call& call, const void* input)
-      : c(call), w(call.weight), x(static_cast<const Element*>(input)) {}
+  Windows(const Call& call, const Budget& budget, const void* input)
+      : c(call), w(call.weight), budget(budget), x(static_cast<const Element*>(input)) {}
 
   Stream<T> block(int64_t b, int64_t gap = 0) const {
     const int64_t values_step = w.slots * kBlock, index_step = w.words * kBlock;
@@ -196,9 +205,9 @@ struct Windows {
   void chunks(const Passes& passes, int64_t u0, int64_t u1, int64_t b0, int64_t b1) const {
     alignas(64) float sums[kSumsBytes / 4];
     const int64_t p0 = passes.start(u0), rows = passes.start(u1) - p0;
-    const int64_t chunk = at_least_1(kWindowBytes / (kPass * W::kColumns * int64_t(sizeof(*x))));
+    const int64_t chunk = at_least_1(budget.windows / (kPass * W::kColumns * int64_t(sizeof(*x))));
     const int64_t chunk_values = chunk * W::kFields * kBlock * int64_t(sizeof(T));
-    const int64_t most = at_least_1(kWeightBytes / (chunk_values + chunk * kBlock * 4));
+    const int64_t most = at_least_1(budget.weights / (chunk_values + chunk * kBlock * 4));
     const int64_t fit = kSumsBytes / 4 / kBlock / rows, range = fit < most ? fit : most;
     for (int64_t r0 = b0; r0 < b1; r0 += range) {
       const int64_t r1 = r0 + range < b1 ? r0 + range : b1;
@@ -227,8 +236,9 @@ struct Windows {
 
   static int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
-  static void run(const Call& c, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1) {
-    const Windows windows(c, x);
+  static void run(const Call& c, const Budget& budget, const void* x, int64_t u0, int64_t u1,
+                  int64_t b0, int64_t b1) {
+    const Windows windows(c, budget, x);
     const Passes passes(c);
     if (passes.positions <= kPair) return windows.stream(passes.positions, b0, b1);
     windows.chunks(passes, u0, u1, b0, b1);
@@ -250,7 +260,8 @@ struct Windows {
 };
 
 struct WindowKernel {
-  void (*run)(const Call&, const void* x, int64_t u0, int64_t u1, int64_t b0, int64_t b1);
+  void (*run)(const Call&, const Budget&, const void* x, int64_t u0, int64_t u1, int64_t b0,
+              int64_t b1);
   void (*prepare)(const Call&, void* x, int64_t u0, int64_t u1);
 };
 
