@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import nmfx
 import nmfx.packing
 from nmfx import Pattern
+from nmfx.huge_pages import huge_copy
 
 Call = Callable[[], Any]
 # What a user of torch has without other engines: "best dense" is the best of these.
@@ -32,14 +33,15 @@ def packed_linear(
 ) -> list[Callable[[Tensor], Tensor]]:
     """Linear layers of nmfx with the weights `scale * weight`, each in memory of its own.
 
-    The only place that knows the signature of the kernel. Packed once, because that is slow.
+    In huge pages, as `nmfx.lower` stores them. The only place that knows the signature of the
+    kernel. Packed once, because that is slow.
     """
     parsed = Pattern.parse(pattern)
     values, index = nmfx.packing.pack(weight, parsed)
     shape = tuple(weight.shape)
 
     def layer(scale: float) -> Callable[[Tensor], Tensor]:
-        own = values * scale, index.clone()
+        own = huge_copy(values * scale), huge_copy(index)
         return lambda x: nmfx.linear_nm(x, *own, bias, *shape, parsed.n, parsed.m)
 
     return [layer(scale) for scale in scales]
