@@ -73,8 +73,10 @@ struct Slots {
         shift(kBits * int(tile * kSlots % kFields) / 2) {}
 };
 
+// With AHEAD, asks for the slots at `ahead` meanwhile.
 template <int N, int M, bool AHEAD>
-inline __attribute__((always_inline)) void expand(const Slots<N, M>& from, uint16_t* out) {
+inline __attribute__((always_inline)) void expand(const Slots<N, M>& from, const Slots<N, M>& ahead,
+                                                  uint16_t* out) {
   using S = Slots<N, M>;
   constexpr int kPairs = M / 2;  // of columns of a group
   static_assert(N % 2 == 0 || N == 1, "two neighbouring slots are of one group or of two");
@@ -83,11 +85,11 @@ inline __attribute__((always_inline)) void expand(const Slots<N, M>& from, uint1
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kOrder), keep = halves(M - 1, M - 1);
   const __m128i shift = _mm_cvtsi32_si128(from.shift);
-  if (AHEAD) __builtin_prefetch(reinterpret_cast<const char*>(from.index) + 1024);
+  if (AHEAD) __builtin_prefetch(ahead.index);
   __m512i group[kPairs];
   NMFX_UNROLL for (int slot = 0; slot < S::kSlots; slot += 2) {
     const uint16_t* values = from.values + slot * kBlock;
-    if (AHEAD) __builtin_prefetch(reinterpret_cast<const char*>(values) + 4096);
+    if (AHEAD) __builtin_prefetch(ahead.values + slot * kBlock);
     const __m512i pair = _mm512_permutexvar_epi16(
         order, _mm512_loadu_si512(reinterpret_cast<const void*>(values)));
     __m512i at = V::load_index(from.index + slot / S::kFields * kBlock);
@@ -128,7 +130,7 @@ void expand_part(const Slots<N, M>& from, int64_t slots, uint16_t* out) {
   memcpy(index, from.index, size_t(words) * kBlock * 4);
   Slots<N, M> copy(values, index, 0);
   copy.shift = from.shift;
-  expand<N, M, false>(copy, out);
+  expand<N, M, false>(copy, copy, out);
 }
 
 // --- from tiles to sums --------------------------------------------------------------------------
@@ -259,16 +261,26 @@ struct Product {
     store<R>(sums);
   }
 
+  S slots(int64_t block, int64_t k) const {
+    return {static_cast<const uint16_t*>(w.values) + block * w.slots * kBlock,
+            w.index + block * w.words * kBlock, k};
+  }
+
   template <bool AHEAD>
   inline __attribute__((always_inline)) void expand_tile(int64_t block, int64_t k,
                                                          uint16_t* out) const {
-    const S from(static_cast<const uint16_t*>(w.values) + block * w.slots * kBlock,
-                 w.index + block * w.words * kBlock, k);
+    const S from = slots(block, k);
     const int64_t left = w.slots - k * S::kSlots;
-    if (left >= S::kSlots)
-      expand<N, M, AHEAD>(from, out);
+    if (left < S::kSlots) return expand_part<N, M>(from, left, out);
+    // Some way ahead in this block, or in the one that comes in its place: 16 rows of 3072 x 768,
+    // against further on in memory, 2:4 .147 / .196 ms, 1:4 .111 / .144; of 4096 x 4096 .90 / .98, .66 /
+    // .75. Past the end of the weight it is not touched.
+    constexpr int kFit = 2048 / (S::kSlots * kBlock * 2), kAhead = kFit < 16 ? kFit : 16;  // tiles
+    const int64_t next = k + kAhead - rows.tiles;
+    if (AHEAD)
+      expand<N, M, true>(from, next < 0 ? slots(block, k + kAhead) : slots(block + B, next), out);
     else
-      expand_part<N, M>(from, left, out);
+      expand<N, M, false>(from, from, out);
   }
 
   // Sums of row tile r and block b: register 2r + b, or b where there is one tile of rows.
@@ -474,10 +486,11 @@ TileKernel tile_kernel(int n, int m) {
 
 // What a tile costs hardly depends on its rows, a product of vectors is done for each row and kept
 // weight. Intel Xeon (AMX), 4096 x 4096 from memory, one thread, vectors / tiles in ms: 2:4 at 3 rows
-// .93 / .97, at 4 1.02 / .99; 4:8 at 6 rows 1.36 / 1.55, at 8 1.58 / 1.52; 1:4 at 6 rows .67 / .73,
-// at 8 .79 / .75; 2:8 the same; 1:8 at 8 rows .41 / .55, at 12 .71 / .55; 1:16 at 12 rows .41 / .44,
-// at 16 .52 / .47; 2:16 at 8 rows .40 / .59, at 12 .73 / .61; 4:16 at 8 rows .72 / .85, at 12 1.18 /
-// .85; 8:16 at 6 rows 1.20 / 1.59, at 8 1.66 / 1.85, at 12 2.22 / 1.66.
+// .92 / .90, at 4 1.02 / .91; 1:4 at 6 rows .66 / .62, at 8 .78 / .63; 4:8 at 4 rows 1.06 / 1.02, at
+// 6 1.29 / 1.04; 1:8 at 8 rows .41 / .51, at 12 .60 / .50; 1:16 at 12 rows .37 / .44. In 3072 x 768
+// tiles win a little later: 1:4 at 6 rows .097 / .107, 4:8 .194 / .203. 2:8 is as 1:4; 2:16, 4:16 and
+// 8:16, with slower tiles than today's: at 8 rows .40 / .59, .72 / .85, 1.66 / 1.85, at 12 .73 / .61,
+// 1.18 / .85, 2.22 / 1.66.
 int tiles_from(int n, int m) {
   if (m <= 4) return n == 2 ? 4 : 7;
   if (m <= 8) return n == 1 ? 10 : 7;
