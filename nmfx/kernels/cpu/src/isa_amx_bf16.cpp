@@ -20,12 +20,13 @@ namespace {
 
 constexpr int kColumns = 32;         // of a tile of activations: 64 bytes
 constexpr int kTile = 16 * kColumns;  // elements of a tile
-// What stays in the caches while up to 256 rows pass. Intel Xeon (AMX; 48 KB, 2 MB), one thread, ms:
+// What stays in the caches while up to 256 rows pass. Intel Xeon (AMX; 48 KB, 2 MB), one thread,
+// ms:
 //
 // near   all activations in the second-level cache, chunks of 16 KB of expanded weights, against 32
 //        KB: 4096 x 4096 from memory, 128 rows, 2:4 2.5 / 2.9, 1:4 2.2 / 2.5, 1:16 equal
-// far    a chunk of columns passes over a range of blocks, whose sums lie in the second-level cache;
-//        chunks of 32 KB, to read the sums less often, against near with 128 rows at a time: 512
+// far    a chunk of columns passes over a range of blocks whose sums lie in the second-level cache;
+//        chunks of 32 KB, to read sums less often, against near with 128 rows at a time: 512
 //        rows, 2:4 10.2 / 11.8, 1:4 8.8 / 9.4, 1:16 equal; 128 rows of 4096 x 11008, where 64 at a
 //        time expanded all weights twice, 7.9 / 14.6. With 512 rows at a time 2:4 takes 10.6.
 constexpr int kChunk = 16;           // tiles along the columns, of two blocks
@@ -273,8 +274,8 @@ struct Product {
     const int64_t left = w.slots - k * S::kSlots;
     if (left < S::kSlots) return expand_part<N, M>(from, left, out);
     // Some way ahead in this block, or in the one that comes in its place: 16 rows of 3072 x 768,
-    // against further on in memory, 2:4 .147 / .196 ms, 1:4 .111 / .144; of 4096 x 4096 .90 / .98, .66 /
-    // .75. Past the end of the weight it is not touched.
+    // against further on in memory, 2:4 .147 / .196 ms, 1:4 .111 / .144; of 4096 x 4096 .90 / .98,
+    // .66 / .75. Past the end of the weight it is not touched.
     constexpr int kFit = 2048 / (S::kSlots * kBlock * 2), kAhead = kFit < 16 ? kFit : 16;  // tiles
     const int64_t next = k + kAhead - rows.tiles;
     if (AHEAD)
@@ -485,12 +486,12 @@ TileKernel tile_kernel(int n, int m) {
 // --- the choice ----------------------------------------------------------------------------------
 
 // What a tile costs hardly depends on its rows, a product of vectors is done for each row and kept
-// weight. Intel Xeon (AMX), 4096 x 4096 from memory, one thread, vectors / tiles in ms: 2:4 at 3 rows
-// .92 / .90, at 4 1.02 / .91; 1:4 at 6 rows .66 / .62, at 8 .78 / .63; 4:8 at 4 rows 1.06 / 1.02, at
-// 6 1.29 / 1.04; 1:8 at 8 rows .41 / .51, at 12 .60 / .50; 1:16 at 12 rows .37 / .44. In 3072 x 768
-// tiles win a little later: 1:4 at 6 rows .097 / .107, 4:8 .194 / .203. 2:8 is as 1:4; 2:16, 4:16 and
-// 8:16, with slower tiles than today's: at 8 rows .40 / .59, .72 / .85, 1.66 / 1.85, at 12 .73 / .61,
-// 1.18 / .85, 2.22 / 1.66.
+// weight. Intel Xeon (AMX), 4096 x 4096 from memory, one thread, vectors / tiles in ms: 2:4 at 3
+// rows .92 / .90, at 4 1.02 / .91; 1:4 at 6 rows .66 / .62, at 8 .78 / .63; 4:8 at 4 rows 1.06 /
+// 1.02, at 6 1.29 / 1.04; 1:8 at 8 rows .41 / .51, at 12 .60 / .50; 1:16 at 12 rows .37 / .44. In
+// 3072 x 768 tiles win a little later: 1:4 at 6 rows .097 / .107, 4:8 .194 / .203. 2:8 is as 1:4;
+// 2:16, 4:16 and 8:16, with slower tiles than today's: at 8 rows .40 / .59, .72 / .85, 1.66 / 1.85,
+// at 12 .73 / .61, 1.18 / .85, 2.22 / 1.66.
 int tiles_from(int n, int m) {
   if (m <= 4) return n == 2 ? 4 : 7;
   if (m <= 8) return n == 1 ? 10 : 7;

@@ -1,6 +1,7 @@
-// AVX-512 with the bf16 dot product, for bf16 weights and few rows; the rest is as in AVX-512. Intel
-// CPUs do it for two rows at most: a permutation and a dot product take them 3.1 cycles, and two
-// permutations and multiply-adds of floats 2.2 (Xeon with AMX; Zen 5 does either within one).
+// AVX-512 with the bf16 dot product, for bf16 weights and few rows; the rest is as in AVX-512.
+// Intel CPUs do it for two rows at most: a permutation and a dot product take them 3.1 cycles, and
+// two permutations and multiply-adds of floats 2.2 (Xeon with AMX). Zen 5 does two permutations, or
+// two dot products, in a cycle.
 //
 // A lane of 32 bits is two consecutive kept values of one output row, and one 16-bit permutation
 // finds both activations in a window of 32 columns:

@@ -38,10 +38,11 @@ struct Budget {
   int64_t weights;  // bytes of the chunk's blocks
 };
 
-// Milliseconds, 4096 x 4096 from memory, fp32. Zen 5 (48 KB, 1 MB): weights with and without a limit,
-// 2:4 at 16 rows 2.1 / 4.4; windows of 16 KB against 32 KB, both without, at 32 rows 3.9 / 5.7, at
-// 128 rows equal. Intel Xeon (AMX; 48 KB, 2 MB), its own budget against the other: 2:4 at 12 rows
-// 3.05 / 3.40, at 32 rows 5.65 / 5.90, 1:16 .42 / .50 and .83 / .94; 32 and 128 KB in between.
+// Milliseconds, 4096 x 4096 from memory, fp32. Zen 5 (48 KB, 1 MB): weights with and without a
+// limit, 2:4 at 16 rows 2.1 / 4.4; windows of 16 KB against 32 KB, both without, at 32 rows 3.9 /
+// 5.7, at 128 rows equal. Intel Xeon (AMX; 48 KB, 2 MB), its own budget against the other: 2:4 at
+// 12 rows 3.05 / 3.40, at 32 rows 5.65 / 5.90, 1:16 .42 / .50 and .83 / .94; 32 and 128 KB in
+// between.
 constexpr Budget kAmd = {16 << 10, 128 << 10}, kIntel = {32 << 10, 32 << 10};
 // Of the sums of these blocks. Zen 5, against 64 KB: 1:16 at 128 rows fp32 2.35 / 2.65, bf16 1.34 /
 // 1.44, 2:4 equal.
