@@ -337,6 +337,24 @@ def test_a_corrupted_index_never_reads_elsewhere(isa: str, pattern: str) -> None
 
 
 @needs_library
+@pytest.mark.skipif("amx_bf16" not in ISAS, reason="this CPU has no AMX")
+@pytest.mark.parametrize("pattern", SPECIALISED)
+def test_a_corrupted_index_keeps_to_a_row_that_is_not_finite(pattern: str) -> None:
+    """Such rows are summed apart. After the last activation comes a NaN, which none may read."""
+    cpu.use_isa("amx_bf16")
+    parsed = Pattern.parse(pattern)
+    cols = 3 * parsed.m
+    _, values, index = packed(17, cols, parsed, torch.bfloat16)
+    memory = torch.ones(33 * cols + 64, dtype=torch.bfloat16)
+    memory[33 * cols - 1], memory[33 * cols :] = math.inf, math.nan
+    x = memory[: 33 * cols].view(33, cols)
+    corrupted = torch.full_like(index, -1)
+    out = linear_nm(x, torch.ones_like(values), corrupted, None, 17, cols, parsed.n, parsed.m)
+    assert not out.isnan().any()
+    assert out[:-1].isfinite().all()
+
+
+@needs_library
 def test_the_op_itself_refuses_what_does_not_fit() -> None:
     _, values, index = packed(17, 16, Pattern(2, 4), torch.float32)
     x = torch.randn(3, 16)

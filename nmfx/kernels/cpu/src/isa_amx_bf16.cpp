@@ -343,7 +343,8 @@ void add_exactly(const Call& c, int64_t p, int64_t block, float* sums) {
   for (int64_t s = 0; s < w.slots; s++)
     for (int lane = 0; lane < kBlock; lane++) {
       const uint32_t word = index[s / fields * kBlock + lane];
-      const int64_t field = word >> field_shift(int(s % fields), bits) & ((1u << bits) - 1);
+      // M is a power of two here. More bits of a corrupted field would name a column past the row.
+      const int64_t field = word >> field_shift(int(s % fields), bits) & uint32_t(w.m - 1);
       sums[lane] += from_bf16(values[s * kBlock + lane]) * from_bf16(x[s / w.n * w.m + field]);
     }
 }
