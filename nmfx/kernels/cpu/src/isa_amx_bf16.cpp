@@ -13,7 +13,6 @@
 // activations that are not finite are therefore computed again, one by one.
 #include "epilogue.h"
 #include "isa_avx512.h"
-#include "masks.h"
 
 namespace nmfx {
 namespace {
@@ -538,16 +537,8 @@ void input_for_tiles(const Call& c, void* x, int64_t p0, int64_t p1) {
 
 }  // namespace
 
-const Isa isa_amx_bf16 = {"amx_bf16",
-                          V::kLanes,
-                          8,
-                          kMostRows,
-                          {{41, 41, 41}, {1 << 30, 1 << 30, 1 << 30}},
-                          has_few_avx512,
-                          units,
-                          few_or_tiles,
-                          input_for_tiles,
-                          panel_avx512,
-                          panel_avx512_scratch, &masks_avx512};
+// bf16 never goes to panels: tiles or vectors serve any number of rows.
+const Isa isa_amx_bf16 =
+    avx512_table("amx_bf16", kMostRows, 41, 1 << 30, units, few_or_tiles, input_for_tiles);
 
 }  // namespace nmfx

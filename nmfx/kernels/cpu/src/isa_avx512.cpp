@@ -1,6 +1,5 @@
 // AVX-512 without a bf16 dot product: bf16 weights are widened to floats.
 #include "isa_avx512.h"
-#include "masks.h"
 #include "panel.h"
 #include "windows.h"
 
@@ -71,19 +70,9 @@ void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
 //
 // AMD EPYC (Zen 5): none. 2:4 at 128 rows 13.3 / 14.0, 1:4 7.2 / 7.8, 1:16 2.4 / 2.8. No Zen 4 that
 // shows its AVX-512 was at hand.
+constexpr int kAny = 1 << 30;
 constexpr Isa with(decltype(Isa::few) few, int panel_from) {
-  return {"avx512",
-          V::kLanes,
-          8,
-          kWindowTile,
-          {{panel_from, panel_from, panel_from}, {panel_from, panel_from, panel_from}},
-          has_few_avx512,
-          passes_of,
-          few,
-          few_input,
-          panel_avx512,
-          panel_avx512_scratch,
-          &masks_avx512};
+  return avx512_table("avx512", kWindowTile, panel_from, panel_from, passes_of, few, few_input);
 }
 
 }  // namespace
@@ -98,6 +87,6 @@ int64_t panel_avx512_scratch(const Call& c, const Tile& tile, int64_t blocks) {
 }
 
 const Isa isa_avx512 = with(few<kIntel>, 41);
-const Isa isa_avx512_amd = with(few<kAmd>, 1 << 30);
+const Isa isa_avx512_amd = with(few<kAmd>, kAny);
 
 }  // namespace nmfx

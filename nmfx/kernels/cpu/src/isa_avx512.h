@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, VL, DQ): sixteen lanes, one vector per block. Included by the files with and
 // without the bf16 dot product.
 #pragma once
+#include "masks.h"
 #include "transpose_avx.h"
 
 namespace nmfx {
@@ -91,6 +92,25 @@ struct V {
     return __mmask16(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
   }
 };
+
+// The table of an instruction set with AVX-512: the panel kernel takes over from so many positions.
+constexpr Isa avx512_table(const char* name, int few_tile, int panel_from, int panel_from_bf16,
+                           decltype(Isa::few_units) few_units, decltype(Isa::few) few,
+                           decltype(Isa::few_input) few_input) {
+  return {name,
+          V::kLanes,
+          8,
+          few_tile,
+          {{panel_from, panel_from, panel_from},
+           {panel_from_bf16, panel_from_bf16, panel_from_bf16}},
+          has_few_avx512,
+          few_units,
+          few,
+          few_input,
+          panel_avx512,
+          panel_avx512_scratch,
+          &masks_avx512};
+}
 
 }  // namespace
 }  // namespace nmfx

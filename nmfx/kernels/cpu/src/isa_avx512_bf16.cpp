@@ -13,7 +13,6 @@
 //
 // With an odd N the two are of different groups.
 #include "isa_avx512.h"
-#include "masks.h"
 #include "windows.h"
 
 namespace nmfx {
@@ -82,21 +81,10 @@ void few_input(const Call& c, void* x, int64_t u0, int64_t u1) {
   window_kernel<Dot>(c.weight.n, c.weight.m).prepare(c, x, u0, u1);
 }
 
-constexpr Isa with(decltype(Isa::few) few, decltype(Isa::few_input) few_input, int panel_from,
-                   int panel_from_bf16) {
-  return {"avx512_bf16",
-          V::kLanes,
-          8,
-          kWindowTile,
-          {{panel_from, panel_from, panel_from},
-           {panel_from_bf16, panel_from_bf16, panel_from_bf16}},
-          has_few_avx512,
-          passes_of,
-          few,
-          few_input,
-          panel_avx512,
-          panel_avx512_scratch,
-          &masks_avx512};
+template <int MOST, const Budget& BUDGET, const Isa& FLOATS>
+constexpr Isa with(int panel_from) {
+  return avx512_table("avx512_bf16", kWindowTile, panel_from, panel_from, passes_of,
+                      few<MOST, BUDGET, FLOATS>, few_input<MOST>);
 }
 
 }  // namespace
@@ -104,7 +92,7 @@ constexpr Isa with(decltype(Isa::few) few, decltype(Isa::few_input) few_input, i
 // Crossings: see isa_avx512.cpp. Where every number of rows has the dot kernel, that does two
 // multiply-adds where the panel kernel does one.
 constexpr int kAny = 1 << 30;
-const Isa isa_avx512_bf16 = with(few<2, kIntel, isa_avx512>, few_input<2>, 41, 41);
-const Isa isa_avx512_bf16_amd = with(few<kAny, kAmd, isa_avx512_amd>, few_input<kAny>, kAny, kAny);
+const Isa isa_avx512_bf16 = with<2, kIntel, isa_avx512>(41);
+const Isa isa_avx512_bf16_amd = with<kAny, kAmd, isa_avx512_amd>(kAny);
 
 }  // namespace nmfx
